@@ -103,8 +103,8 @@ class Args:
     """width of every convolution"""
     num_blocks: int = 1
     """residual blocks in the actor and in the critic"""
-    norm: Literal["none", "spectral", "poster"] = "none"
-    """none; spectral norm on all convolutions; or the poster's: spectral norm and batch norm"""
+    norm: Literal["none", "layer", "spectral", "poster"] = "none"
+    """none; layer norm of each pixel; spectral norm of the convolutions; the poster's: spectral and batch norm"""
 
     # PPO
     total_timesteps: int = 102400
@@ -121,9 +121,9 @@ class Args:
     """the discount factor gamma"""
     gae_lambda: float = 0.95
     """the lambda of the general advantage estimation"""
-    num_minibatches: int = 8
+    num_minibatches: int = 16
     """minibatches per epoch; a minibatch is a set of maps with all their trajectories"""
-    update_epochs: int = 4
+    update_epochs: int = 3
     """the K epochs to update the policy"""
     norm_adv: bool = True
     """toggle advantage normalization, over the cells of the policy loss in each minibatch"""
@@ -150,27 +150,18 @@ class Args:
 
 
 RANGES = {  # what each number may be, ends included
-    "seed": (0, 2**32 - 1),
-    "eval_episodes": (1, 100_000),
-    "map_size": (24, 64),
-    "factories_per_team": (1, 10),
-    "max_units": (1, 1000),
-    "num_groups": (0, 1000),
-    "channels": (4, 1024),
-    "num_blocks": (0, 100),
-    "total_timesteps": (1, 10**12),
-    "learning_rate": (1e-12, 1),
-    "num_envs": (1, 1024),
-    "num_steps": (1, 10**6),
-    "gamma": (0, 1),
-    "gae_lambda": (0, 1),
-    "num_minibatches": (1, 10**6),
-    "update_epochs": (1, 1000),
-    "clip_coef": (1e-6, 10),
-    "ent_coef": (0, 10),
-    "vf_coef": (0, 100),
-    "max_grad_norm": (1e-6, 1e6),
-    "target_kl": (1e-6, 100),
+    name: (low, high)
+    for names, low, high in (
+        ("channels max_units num_envs num_steps num_minibatches update_epochs total_timesteps", 1, 10**9),
+        ("seed num_groups num_blocks", 0, 2**32 - 1),
+        ("learning_rate clip_coef max_grad_norm target_kl", 1e-12, 10**6),
+        ("ent_coef vf_coef", 0, 100),
+        ("gamma gae_lambda", 0, 1),
+        ("map_size", 24, 64),
+        ("factories_per_team", 1, 10),
+        ("eval_episodes", 1, 100_000),
+    )
+    for name in names.split()
 }
 
 
@@ -212,7 +203,10 @@ NO_OP, UP, RIGHT, DOWN, LEFT, DIG, DELIVER, PICK_UP = range(8)  # unit actions
 BUILD_LIGHT, BUILD_HEAVY, WATER = 1, 2, 3  # factory actions, beside NO_OP
 NUM_ACTIONS = 8
 DELTAS = np.array([[0, 0], [0, -1], [1, 0], [0, 1], [-1, 0]])  # stay, up, right, down, left
-ENGINE_MOVE, ENGINE_TRANSFER, ENGINE_PICKUP, ENGINE_DIG = 0, 1, 2, 3
+RING = np.array(
+    [(d, side) for d in (-1, 0, 1) for side in (-2, 2)] + [(side, d) for d in (-1, 0, 1) for side in (-2, 2)]
+)
+ENGINE_TYPE = np.array([0, 0, 0, 0, 0, 3, 1, 2])  # the engine's number for each unit action
 ICE, POWER = 0, 4  # the engine's numbers of resources
 
 ROBOTS = EnvConfig().ROBOTS
@@ -276,19 +270,21 @@ class MeteredLux(LuxAI_S2):
 def placement_score(obs, player):
     """How good each tile is as a factory's centre: float (map_size, map_size), higher is better.
 
-    Likes ice close by with little rubble on it, and little rubble around (the way to the ice, and
-    room for lichen); dislikes own factories nearby, which would share the ice. The paper names a
-    Gaussian filter over the map (poster); the terms and widths are ours.
+    A sum of Gaussian filters (poster; the terms are ours), each scaled so that one tile counts its
+    weight at distance 0: ice with little rubble on it at the factory's edge, or else not far off;
+    ground without rubble; own factories, which would share the ice, count against it.
     """
     board = obs["board"]
     clear = 1 - board["rubble"] / 100
-    ice = gaussian_filter(board["ice"] * (0.3 + 0.7 * clear), sigma=1.5, mode="constant")
-    ground = gaussian_filter(clear, sigma=3, mode="constant")
+    ice = board["ice"] * (0.3 + 0.7 * clear)
     own = np.zeros(clear.shape)
     for factory in obs["factories"].get(player, {}).values():
         own[tuple(factory["pos"])] = 1
-    crowd = gaussian_filter(own, sigma=4, mode="constant") / gaussian_filter(np.eye(1), sigma=4, mode="constant")[0, 0]
-    return ice / 0.07 + 0.3 * ground - crowd  # 0.07: one clear ice tile at distance 0
+    filters = ((ice, 1.5, 1.0), (ice, 6.0, 0.2), (clear, 3.0, 0.01), (own, 4.0, -0.5))  # of what, width, weight
+    return sum(
+        weight * 2 * np.pi * sigma**2 * gaussian_filter(layer, sigma, mode="constant")
+        for layer, sigma, weight in filters
+    )
 
 
 # ---- observation
@@ -322,12 +318,12 @@ class View:
         for slot, factory_id in enumerate(ids[max_units:], start=max_units):
             if factory_id is not None:
                 factory = obs["factories"][player][factory_id]
-                cargo, lichen = factory["cargo"], strains[factory["strain_id"] + 1]
+                strain, cargo = factory["strain_id"], factory["cargo"]
                 stock = (factory["power"], cargo["water"], cargo["metal"], cargo["ice"])
-                rows.append((slot, lichen, *factory["pos"], *stock))
-        rows = np.array(rows, dtype=np.int64).reshape(-1, 8)  # (f, 8)
-        self.factory_slot, self.lichen_tiles = rows[:, :2].T  # each (f,)
-        self.factory_pos, self.factory_stock = rows[:, 2:4], rows[:, 4:]  # (f, 2), (f, 4)
+                rows.append((slot, strain, strains[strain + 1], *factory["pos"], *stock))
+        rows = np.array(rows, dtype=np.int64).reshape(-1, 9)  # (f, 9)
+        self.factory_slot, self.strain, self.lichen_tiles = rows[:, :3].T  # each (f,)
+        self.factory_pos, self.factory_stock = rows[:, 3:5], rows[:, 5:]  # (f, 2), (f, 4)
         self.lichen_before = self.lichen_tiles
         if previous is not None:  # factories can only have become fewer
             self.lichen_before = previous.lichen_tiles[np.isin(previous.factory_slot, self.factory_slot)]
@@ -340,9 +336,8 @@ class View:
         """The action that a unit's queue repeats: a move, DIG, NO_OP for an empty queue, else -1."""
         if len(queue) == 0:
             return NO_OP
-        if queue[0][0] == ENGINE_MOVE and queue[0][1] > 0:
-            return queue[0][1]
-        return DIG if queue[0][0] == ENGINE_DIG else -1
+        kind, direction = queue[0][:2]
+        return direction or -1 if kind == ENGINE_TYPE[UP] else DIG if kind == ENGINE_TYPE[DIG] else -1
 
     def factory_tiles(self, player):
         """The tiles under a player's factories: bool (map_size, map_size)."""
@@ -365,6 +360,24 @@ class View:
         around = self.pos[:, None] + DELTAS
         x, y = np.clip(around, 0, self.size - 1).transpose(2, 0, 1)
         return self.own_tiles[x, y] & (around == np.stack((x, y), -1)).all(-1)
+
+    def can_grow(self):
+        """Whether lichen can grow next to each factory: bool (f,)."""
+        x, y = np.clip(self.factory_pos[:, None] + RING, 0, self.size - 1).transpose(2, 0, 1)  # (f, 12)
+        board, strain = self.board, self.strain[:, None]
+        bare = (board["rubble"] == 0) & (board["ice"] == 0) & (board["ore"] == 0) & ~self.own_tiles & ~self.enemy_tiles
+        beside = np.clip(np.stack((x, y), -1)[:, :, None] + DELTAS[1:], 0, self.size - 1)  # (f, 12, 4, 2)
+        neighbours = board["lichen_strains"][beside[..., 0], beside[..., 1]]
+        foreign = ((neighbours != -1) & (neighbours != strain[..., None])).any(-1)
+        return (bare[x, y] & (~foreign | (board["lichen_strains"][x, y] == strain))).any(1)
+
+    def water_bound(self):
+        """An upper bound of what it costs each factory to water its lichen: (f,).
+
+        Lichen can grow on the 12 tiles around a factory, on the factory's lichen and beside that.
+        The engine checks this step's cost and, by an oversight, that of the step before as well.
+        """
+        return np.ceil((len(RING) + 5 * np.maximum(self.lichen_tiles, self.lichen_before)) / 10)
 
 
 def make_planes(view):
@@ -436,10 +449,7 @@ def action_masks(view):
         if action == BUILD_LIGHT:  # whoever can build a heavy can build a light
             in_time = np.cumsum(can_build) <= free_slots
         mask[view.factory_slot, action] = can_build & in_time
-    # Lichen can grow on the 12 tiles around a factory, on its lichen and beside that. The engine
-    # checks this step's cost and, by an oversight, the one before it too.
-    tiles = np.maximum(view.lichen_tiles, view.lichen_before)
-    mask[view.factory_slot, WATER] = water > np.ceil((12 + 5 * tiles) / 10)
+    mask[view.factory_slot, WATER] = view.can_grow() & (water > view.water_bound())
     return mask
 
 
@@ -487,16 +497,12 @@ def engine_actions(view, mask, action):
     path = view.pos[send, None] + DELTAS[is_move * act][:, None] * np.arange(1, view.size)[:, None]
     steps = (np.cumsum(view.move_costs(send, path), axis=1) <= budget[:, None]).sum(1)
     room = BATTERY_CAPACITY[kind] - (power - QUEUE_COST[kind])  # picking up more would waste it
-    zero, one = np.zeros_like(act), np.ones_like(act)
-    columns = {  # of the engine's action: type, direction, resource, amount, repeat, n
-        UP: (zero + ENGINE_MOVE, act, zero, zero, zero, np.maximum(steps, 1)),
-        DIG: (zero + ENGINE_DIG, zero, zero, zero, zero, np.maximum(budget // DIG_COST[kind], 1)),
-        DELIVER: (zero + ENGINE_TRANSFER, view.touching()[send].argmax(1), zero + ICE, view.ice[send], zero, one),
-        PICK_UP: (zero + ENGINE_PICKUP, zero, zero + POWER, room, zero, one),
-    }
-    queues = np.zeros((len(send), 6), dtype=np.int64)
-    for code, column in columns.items():
-        queues = np.where((np.where(is_move, UP, act) == code)[:, None], np.stack(column, -1), queues)
+    queues = np.zeros((len(send), 6), dtype=np.int64)  # type, direction, resource, amount, repeat, n
+    queues[:, 0] = ENGINE_TYPE[act]
+    queues[:, 1] = np.select([is_move, act == DELIVER], [act, view.touching()[send].argmax(1)])
+    queues[:, 2] = np.where(act == PICK_UP, POWER, ICE)
+    queues[:, 3] = np.select([act == DELIVER, act == PICK_UP], [view.ice[send], room])
+    queues[:, 5] = np.maximum(np.select([is_move, act == DIG], [steps, budget // DIG_COST[kind]]), 1)
     engine = {view.ids[slot]: queues[i : i + (act[i] != NO_OP)] for i, slot in enumerate(view.slot[send])}
     for slot, choice in zip(view.factory_slot, chosen, strict=True):
         if choice != NO_OP:
@@ -520,10 +526,11 @@ def entity_rewards(args, kind, lost, ice_dug, ice_delivered, ice_received, rubbl
     lies under about three digs of rubble; a factory earns `reward_factory_alive` per step it
     survives; both lose for being destroyed.
     """
-    factory = args.reward_ice_received * ice_received + args.reward_factory_alive * ~lost
-    factory += args.reward_factory_lost * lost
-    unit = args.reward_ice_dug * ice_dug + args.reward_ice_delivered * ice_delivered
-    unit += args.reward_rubble_cleared * rubble_cleared + args.reward_unit_lost * lost
+    factory = args.reward_ice_received * ice_received + np.where(
+        lost, args.reward_factory_lost, args.reward_factory_alive
+    )
+    mining = args.reward_ice_dug * ice_dug + args.reward_rubble_cleared * rubble_cleared
+    unit = mining + args.reward_ice_delivered * ice_delivered + args.reward_unit_lost * lost
     return np.where(kind == FACTORY, factory, np.where(kind == EMPTY, 0, unit)).astype(np.float32)
 
 
@@ -701,15 +708,22 @@ def layer_init(layer, std=np.sqrt(2), bias_const=0.0):
     return layer
 
 
+class PixelNorm(nn.LayerNorm):
+    """Layer norm over the channels of each pixel (B, channels, H, W): no pixel sees another."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 class ConvBlock(nn.Sequential):
     """3x3 convolution, norm, LeakyReLU."""
 
     def __init__(self, in_channels, out_channels, norm):
         conv = layer_init(nn.Conv2d(in_channels, out_channels, 3, padding=1))
-        if norm != "none":
+        if norm in ("spectral", "poster"):
             conv = nn.utils.parametrizations.spectral_norm(conv)
-        batch_norm = [nn.BatchNorm2d(out_channels)] if norm == "poster" else []
-        super().__init__(conv, *batch_norm, nn.LeakyReLU(inplace=True))
+        layers = {"layer": [PixelNorm(out_channels)], "poster": [nn.BatchNorm2d(out_channels)]}.get(norm, [])
+        super().__init__(conv, *layers, nn.LeakyReLU(inplace=True))
 
 
 class ResidualBlock(nn.Module):
@@ -1014,14 +1028,8 @@ if __name__ == "__main__":
     if args.track:
         import wandb
 
-        wandb.init(
-            project=args.wandb_project_name,
-            entity=args.wandb_entity,
-            sync_tensorboard=True,
-            config=vars(args),
-            name=run_name,
-            save_code=True,
-        )
+        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_name}
+        wandb.init(**names, config=vars(args), sync_tensorboard=True, save_code=True)
     writer = SummaryWriter(run_dir)
     table = "\n".join([f"|{key}|{value}|" for key, value in vars(args).items()])
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
