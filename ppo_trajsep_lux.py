@@ -1037,7 +1037,7 @@ if __name__ == "__main__":
     # ---- environments and agent
     envs = make_vector_env(args, [None] * args.num_envs)
     agent = Agent(args.channels, args.num_blocks, args.norm, args.bf16).to(device)
-    optimizer = optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
+    optimizer = optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-8)
     print(f"{run_dir}: {sum(p.numel() for p in agent.parameters()):,} parameters on {device}")
     if device.type == "cpu":
         minutes = estimate_minutes(agent, args, {key: torch.from_numpy(value) for key, value in first_obs.items()})
