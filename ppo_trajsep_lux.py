@@ -10,7 +10,7 @@ trajectories (groups, GAE, losses); evaluation; training.
 
 GPU, the paper's setting:   python ppo_trajsep_lux.py
 CPU, a run of minutes:      python ppo_trajsep_lux.py --map-size 32 --factories-per-team 2 \
-                                --channels 24 --total-timesteps 16384
+                                --channels 24 --total-timesteps 24576
 Play a saved policy:        python ppo_trajsep_lux.py --evaluate runs/<name>/model.pt
 """
 
@@ -33,7 +33,7 @@ import torch.optim as optim
 import tyro
 from luxai_s2.config import EnvConfig
 from luxai_s2.env import LuxAI_S2
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import distance_transform_cdt, gaussian_filter
 from torch.distributions.categorical import Categorical
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -103,8 +103,8 @@ class Args:
     """width of every convolution"""
     num_blocks: int = 1
     """residual blocks in the actor and in the critic"""
-    norm: Literal["none", "layer", "spectral", "poster"] = "none"
-    """none; layer norm of each pixel; spectral norm of the convolutions; the poster's: spectral and batch norm"""
+    norm: Literal["none", "spectral", "poster"] = "none"
+    """none; spectral norm of all convolutions; or the poster's: spectral norm and batch norm"""
 
     # PPO
     total_timesteps: int = 102400
@@ -383,26 +383,30 @@ class View:
 def make_planes(view):
     """The map as the network sees it: float16 (18, map_size, map_size), scaled to about [0, 1].
 
-    0 rubble, 1 ice, 2 ore, 3 own lichen, 4 enemy lichen, 5 own factory, 6 enemy factory,
-    7-10 power, water, metal and ice of own factories (on their nine tiles), 11 own light unit,
-    12 own heavy unit, 13 enemy unit (light 0.5, heavy 1), 14 own unit's power, 15 own unit's ice,
-    16 time of day, 17 time of the episode. No plane holds a team total, which would leak the
-    whole map into a local critic.
+    0 rubble, 1 ice, 2 steps to the nearest own factory (in tens), 3 own lichen, 4 enemy lichen,
+    5 own factory, 6 enemy factory, 7-10 power, water, metal and ice of own factories (on their nine
+    tiles), 11 own light unit, 12 own heavy unit, 13 enemy unit (light 0.5, heavy 1), 14 own unit's
+    power, 15 own unit's ice, 16 time of day, 17 time of the episode. Power enters as a square root,
+    because what matters is how many more actions the last of it pays for. No plane holds a team
+    total, which would leak the whole map into a local critic.
     """
     board, clock = view.board, view.obs["real_env_steps"]
     planes = np.zeros((NUM_PLANES, view.size, view.size), dtype=np.float32)
     planes[0] = board["rubble"] / 100
-    planes[1], planes[2] = board["ice"], board["ore"]
+    planes[1] = board["ice"]
+    steps_home = distance_transform_cdt(~view.own_tiles, metric="taxicab") if view.own_tiles.any() else view.size
+    planes[2] = np.minimum(steps_home / 10, 2)
     planes[3], planes[4] = board["lichen"] * view.own_lichen / 100, board["lichen"] * ~view.own_lichen / 100
     planes[5], planes[6] = view.own_tiles, view.enemy_tiles
     stock = np.minimum(view.factory_stock / (3000, 300, 150, 1000), 2)  # power, water, metal, ice
+    stock[:, 0] = np.sqrt(stock[:, 0])
     for (x, y), values in zip(view.factory_pos, stock, strict=True):
         planes[7:11, x - 1 : x + 2, y - 1 : y + 2] = values[:, None, None]
     x, y = view.pos.T
     planes[10 + view.kind, x, y] = 1
     for unit in view.obs["units"][view.enemy].values():
         planes[13][tuple(unit["pos"])] = 0.5 if unit["unit_type"] == "LIGHT" else 1
-    planes[14, x, y] = view.power / BATTERY_CAPACITY[view.kind]
+    planes[14, x, y] = np.sqrt(view.power / BATTERY_CAPACITY[view.kind])
     planes[15, x, y] = view.ice / CARGO_SPACE[view.kind]
     planes[16], planes[17] = clock % CYCLE_LENGTH / CYCLE_LENGTH, clock / EPISODE_STEPS
     return planes.astype(np.float16)
@@ -708,22 +712,15 @@ def layer_init(layer, std=np.sqrt(2), bias_const=0.0):
     return layer
 
 
-class PixelNorm(nn.LayerNorm):
-    """Layer norm over the channels of each pixel (B, channels, H, W): no pixel sees another."""
-
-    def forward(self, x):
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
 class ConvBlock(nn.Sequential):
     """3x3 convolution, norm, LeakyReLU."""
 
     def __init__(self, in_channels, out_channels, norm):
         conv = layer_init(nn.Conv2d(in_channels, out_channels, 3, padding=1))
-        if norm in ("spectral", "poster"):
+        if norm != "none":
             conv = nn.utils.parametrizations.spectral_norm(conv)
-        layers = {"layer": [PixelNorm(out_channels)], "poster": [nn.BatchNorm2d(out_channels)]}.get(norm, [])
-        super().__init__(conv, *layers, nn.LeakyReLU(inplace=True))
+        batch_norm = [nn.BatchNorm2d(out_channels)] if norm == "poster" else []
+        super().__init__(conv, *batch_norm, nn.LeakyReLU(inplace=True))
 
 
 class ResidualBlock(nn.Module):
@@ -978,7 +975,7 @@ def evaluate_checkpoint(args, weights, device):
 # ==============================================================================================
 
 
-SMALL_RUN = "--map-size 32 --factories-per-team 2 --max-units 30 --channels 24 --total-timesteps 16384"
+SMALL_RUN = "--map-size 32 --factories-per-team 2 --max-units 30 --channels 24 --total-timesteps 24576"
 
 
 def estimate_minutes(agent, args, obs):

@@ -94,7 +94,12 @@ def test_planes_show_the_state_from_the_players_own_side():
             tile = tuple(unit.pos.pos)
             assert planes[side, 12 if unit.is_heavy() else 11][tile] == 1
             assert planes[1 - side, 13][tile] == (1 if unit.is_heavy() else 0.5)
-            assert planes[side, 14][tile] == pytest.approx(unit.power / unit.battery_capacity, abs=1e-3)
+            assert planes[side, 14][tile] ** 2 == pytest.approx(unit.power / unit.battery_capacity, abs=2e-3)
+        assert (planes[side, 2] == 0).sum() == 9 * len(state.factories[player])
+        corner = min(
+            np.maximum(np.abs(factory.pos.pos) - 1, 0).sum() for factory in state.factories[player].values()
+        )  # steps from tile (0, 0) to the nearest own factory
+        assert planes[side, 2, 0, 0] == pytest.approx(min(corner / 10, 2), abs=1e-3)
         assert planes[side, 11:13].sum() == len(state.units[player])
         assert len(state.units[enemy]) > 0
         for slot in np.flatnonzero(obs["kind"][side] != EMPTY):

@@ -19,7 +19,7 @@ from ppo_trajsep_lux import (
     to_tensors,
 )
 
-NORMS = ("none", "layer", "spectral", "poster")
+NORMS = ("none", "spectral", "poster")
 
 
 def some_obs(batch=3, slots=7, size=24, seed=0):
