@@ -1055,7 +1055,7 @@ if __name__ == "__main__":
     obs = {key: value.to(device) for key, value in obs.items()}
     actions = torch.zeros(shape, dtype=torch.int64).to(device)
     entity_logprobs = torch.zeros(shape).to(device)
-    entity_rewards_ = torch.zeros(shape).to(device)
+    entity_reward = torch.zeros(shape).to(device)
     entity_dones = torch.zeros(shape).to(device)
     entity_values = torch.zeros(args.num_steps + 1, num_rows, num_slots).to(device)
 
@@ -1093,7 +1093,7 @@ if __name__ == "__main__":
                 for name in EPISODE_STATS:
                     episodes[name].append(infos["final_info"]["episode"][name][i])
             last, next_obs = to_tensors(last, device), to_tensors(next_obs, device)
-            entity_rewards_[step], entity_dones[step] = last["reward"], last["done"]
+            entity_reward[step], entity_dones[step] = last["reward"], last["done"]
             progress.update(args.num_envs)
         with torch.no_grad():
             entity_values[args.num_steps] = agent.get_value(next_obs)
@@ -1102,7 +1102,7 @@ if __name__ == "__main__":
         entity_mask = obs["kind"] != EMPTY  # (num_steps, num_rows, num_slots)
         group = group_index(obs["unit_id"], args.max_units, args.num_groups)
         trajectories = separate_trajectories(
-            entity_rewards_, entity_dones, entity_values, group, entity_mask, obs["action_mask"], num_groups
+            entity_reward, entity_dones, entity_values, group, entity_mask, obs["action_mask"], num_groups
         )
         advantages = compute_gae(trajectories, args.gamma, args.gae_lambda)  # (num_steps, num_rows, num_groups)
         batch = {  # a row is the map of one (step, environment) with all its cells
@@ -1149,9 +1149,9 @@ if __name__ == "__main__":
                 agent.power_iteration()
 
                 with torch.no_grad():
-                    losses["policy_loss"].append(pg_loss)
-                    losses["value_loss"].append(v_loss)
-                    losses["entropy"].append(entropy_loss)
+                    losses["policy_loss"].append(pg_loss.detach())
+                    losses["value_loss"].append(v_loss.detach())
+                    losses["entropy"].append(entropy_loss.detach())
                     losses["approx_kl"].append(masked_mean((ratio - 1) - logratio, mb["choice"]))
                     clipped = ((ratio - 1.0).abs() > args.clip_coef).float()
                     losses["clipfrac"].append(masked_mean(clipped, mb["choice"]))
