@@ -366,6 +366,23 @@ def test_water_mask_bounds_the_engine_cost():
     assert most > 12  # lichen has spread beyond the tiles around the factory
 
 
+def test_watering_is_masked_without_water_or_ground():
+    env = rich_game(SMALL, 0)
+    board, factories = env.engine.state.board, list(env.engine.state.factories[PLAYERS[0]].values())
+
+    def allowed():
+        view = View(env.engine.state.get_obs(), PLAYERS[0], env.ids[0], SMALL.max_units)
+        return action_masks(view)[SMALL.max_units :, WATER].tolist()
+
+    board.rubble[:] = 0
+    assert allowed() == [True, True]
+    factories[0].cargo.water = 2  # twelve tiles cost 2, which would leave nothing for upkeep
+    assert allowed() == [False, True]
+    x, y = factories[1].pos.pos
+    board.rubble[x - 2 : x + 3, y - 2 : y + 3] = 1  # no bare tile around it
+    assert allowed() == [False, False]
+
+
 # ---- maps and placement
 
 
