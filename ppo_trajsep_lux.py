@@ -589,15 +589,15 @@ class LuxEnv(gym.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        rng, map_seed = self.np_random, None
+        rng, seeds = self.np_random, (NUM_EVAL_MAPS, 2**31)
+        map_seed = int(rng.integers(*seeds)) if self.map_seeds is None else next(self.map_seeds, 0)
         if self.map_seeds is not None:
-            map_seed = next(self.map_seeds, 0)
-            rng = np.random.default_rng(map_seed)
+            rng, seeds = np.random.default_rng(map_seed), (0, NUM_EVAL_MAPS)
         for _ in range(MAX_MAP_DRAWS):
-            obs = self._start_game(int(rng.integers(NUM_EVAL_MAPS, 2**31)) if map_seed is None else map_seed)
+            obs = self._start_game(map_seed)
             if obs is not None:
                 break
-            map_seed = None
+            map_seed = int(rng.integers(*seeds))
         else:
             raise MapError(
                 f"{MAX_MAP_DRAWS} maps of size {self.args.map_size} had no ice or no room for "
