@@ -10,7 +10,7 @@ trajectories (groups, GAE, losses); evaluation; training.
 
 GPU, the paper's setting:   python ppo_trajsep_lux.py
 CPU, a run of minutes:      python ppo_trajsep_lux.py --map-size 32 --factories-per-team 2 \
-                                --channels 24 --total-timesteps 24576
+                                --max-units 30 --channels 24 --total-timesteps 24576
 Play a saved policy:        python ppo_trajsep_lux.py --evaluate runs/<name>/model.pt
 """
 
@@ -152,8 +152,11 @@ class Args:
 RANGES = {  # what each number may be, ends included
     name: (low, high)
     for names, low, high in (
-        ("channels max_units num_envs num_steps num_minibatches update_epochs total_timesteps", 1, 10**9),
-        ("seed num_groups num_blocks", 0, 2**32 - 1),
+        ("num_steps num_minibatches update_epochs total_timesteps", 1, 10**9),
+        ("max_units num_envs", 1, 1000),
+        ("num_groups num_blocks", 0, 1000),
+        ("channels", 4, 4096),  # squeeze-and-excitation keeps a quarter of them
+        ("seed", 0, 2**32 - 1),
         ("learning_rate clip_coef max_grad_norm target_kl", 1e-12, 10**6),
         ("ent_coef vf_coef", 0, 100),
         ("gamma gae_lambda", 0, 1),
@@ -203,7 +206,7 @@ NO_OP, UP, RIGHT, DOWN, LEFT, DIG, DELIVER, PICK_UP = range(8)  # unit actions
 BUILD_LIGHT, BUILD_HEAVY, WATER = 1, 2, 3  # factory actions, beside NO_OP
 NUM_ACTIONS = 8
 DELTAS = np.array([[0, 0], [0, -1], [1, 0], [0, 1], [-1, 0]])  # stay, up, right, down, left
-RING = np.array(
+RING = np.array(  # from a factory's centre to the 12 tiles that touch it, where lichen starts
     [(d, side) for d in (-1, 0, 1) for side in (-2, 2)] + [(side, d) for d in (-1, 0, 1) for side in (-2, 2)]
 )
 ENGINE_TYPE = np.array([0, 0, 0, 0, 0, 3, 1, 2])  # the engine's number for each unit action
@@ -759,7 +762,8 @@ class Agent(nn.Module):
     """Actor and critic: one architecture, separate weights; pixel to pixel, so any map size fits.
 
     Batch norm always uses its running statistics and spectral norm never moves in a forward pass,
-    so that rollout and update compute the same function; `refresh` moves both between updates.
+    so that rollout and update compute the same function; `refresh_batch_norm` and
+    `power_iteration` move them in between.
     """
 
     def __init__(self, channels, num_blocks, norm, bf16=False):
