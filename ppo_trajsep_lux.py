@@ -33,7 +33,10 @@ import torch.optim as optim
 import tyro
 from luxai_s2.config import EnvConfig
 from luxai_s2.env import LuxAI_S2
-from scipy.ndimage import distance_transform_cdt, gaussian_filter
+from luxai_s2.factory import Factory
+from luxai_s2.map.position import Position
+from luxai_s2.state import State
+from scipy.ndimage import distance_transform_cdt, gaussian_filter, label
 from torch.distributions.categorical import Categorical
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -209,6 +212,7 @@ DELTAS = np.array([[0, 0], [0, -1], [1, 0], [0, 1], [-1, 0]])  # stay, up, right
 RING = np.array(  # from a factory's centre to the 12 tiles that touch it, where lichen starts
     [(d, side) for d in (-1, 0, 1) for side in (-2, 2)] + [(side, d) for d in (-1, 0, 1) for side in (-2, 2)]
 )
+CROSS = np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]])  # a tile and those beside it
 ENGINE_TYPE = np.array([0, 0, 0, 0, 0, 3, 1, 2])  # the engine's number for each unit action
 ICE, POWER = 0, 4  # the engine's numbers of resources
 
@@ -229,18 +233,142 @@ class MapError(RuntimeError):
     """No map could be drawn that has ice and room for all factories."""
 
 
-class MeteredLux(LuxAI_S2):
-    """The engine, which also notes for every step which unit dug, cleared and delivered how much.
+# ---- the engine: stock luxai_s2 without the work that a trainer does not need
 
-    Comparing cargo before and after a step would mislead: a unit that is destroyed in the move
-    phase may still have delivered, and factories refine ice in the step in which they receive it.
+
+def beside(tiles):
+    """The tiles that touch one of `tiles`: bool (map_size, map_size)."""
+    out = np.zeros_like(tiles)
+    out[1:] |= tiles[:-1]
+    out[:-1] |= tiles[1:]
+    out[:, 1:] |= tiles[:, :-1]
+    out[:, :-1] |= tiles[:, 1:]
+    return out
+
+
+class Ground:
+    """The map as it was in the middle of a step, and where lichen would grow on it."""
+
+    def __init__(self, board):
+        self.forbidden = (board.rubble > 0) | (board.factory_occupancy_map != -1) | (board.ice > 0) | (board.ore > 0)
+        self.lichen, self.strains = board.lichen.copy(), board.lichen_strains.copy()
+        self.occupancy, self.growing = board.factory_occupancy_map.copy(), np.bincount(self.strains.ravel() + 1)
+
+    def flood(self, pos, strain, min_lichen_to_spread):
+        """Tiles that grow if the factory at `pos` waters (n, 2), and its connected lichen (m, 2)."""
+        ring = pos + RING
+        start = np.zeros_like(self.forbidden)
+        start[tuple(ring[((ring >= 0) & (ring < len(start))).all(1)].T)] = True
+        start &= ~self.forbidden
+        own = (self.strains == strain) & ~self.forbidden
+        labels, n = label(own, CROSS)
+        hit = np.zeros(n + 1, dtype=bool)
+        hit[labels[start & own]] = True
+        reached = start | hit[labels]  # empty ground, and lichen that is connected to the factory
+        reached |= beside(reached & (self.lichen >= min_lichen_to_spread)) & (self.strains == -1) & ~self.forbidden
+        foreign = (self.strains != -1) & (self.strains != strain)
+        foreign |= (self.occupancy != -1) & (self.occupancy != strain)
+        return np.argwhere(reached & (own | ~beside(foreign))), np.argwhere(hit[labels])
+
+
+class LazyFactory(Factory):
+    """Asks where its lichen grows only when that matters: where lichen is, or water is being spent.
+
+    The stock engine floods the map from every factory in every step. It judges the cost of watering
+    by the step before, so the map of that step has to be kept.
     """
+
+    ground = flooded = None
+
+    def cache_water_info(self, board, env_cfg):
+        self.ground, self.flooded, self.spread = board.ground, None, env_cfg.MIN_LICHEN_TO_SPREAD
+
+    def flood(self):
+        if self.flooded is None:
+            self.flooded = self.ground.flood(self.pos.pos, self.num_id, self.spread)
+        return self.flooded
+
+    grow_lichen_positions = property(lambda self: self.flood()[0] if self.ground else ())
+    connected_lichen_positions = property(
+        lambda self: self.flood()[1] if self.ground.growing[self.num_id + 1 :].any() else ()
+    )
+
+
+class LiveState(State):
+    """Fills the observation dictionary with live references; of an action queue, only with its head."""
+
+    def get_obs(self):
+        layers = ("rubble", "ore", "ice", "lichen", "lichen_strains", "valid_spawns_mask", "factories_per_team")
+        return {
+            "units": {
+                player: {unit_id: self.live_unit(unit) for unit_id, unit in units.items()}
+                for player, units in self.units.items()
+            },
+            "teams": self.generate_team_data(self.teams),
+            "factories": self.generate_factory_data(self.factories),
+            "board": {layer: getattr(self.board, layer) for layer in layers},
+            "real_env_steps": self.real_env_steps,
+            "global_id": self.global_id,
+        }
+
+    def live_unit(self, unit):
+        return {
+            "unit_id": unit.unit_id,
+            "team_id": unit.team_id,
+            "unit_type": unit.unit_type._name_,
+            "pos": (unit.pos.x, unit.pos.y),
+            "power": unit.power,
+            "cargo": unit.cargo.__dict__,
+            "action_queue": [action.state_dict() for action in unit.action_queue[:1]],
+        }
+
+
+class FastPosition(Position):
+    """Python's integers, because numpy's are slow one by one."""
+
+    x = y = None
+    pos = property(lambda self: np.array((self.x, self.y)))
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def __add__(self, delta):
+        dx, dy = delta.tolist()
+        return FastPosition(self.x + dx, self.y + dy)
+
+
+class FastLux(LuxAI_S2):
+    """The engine: the same state after every step, faster, with meters on digging and delivering.
+
+    The meters note for every step which unit dug, cleared and delivered how much. Comparing cargo
+    before and after a step would mislead: a unit that is destroyed in the move phase may still have
+    delivered, and factories refine ice in the step in which they receive it.
+    """
+
+    def __init__(self, **config):
+        super().__init__(validate_action_space=False, verbose=0, **config)
+
+    def reset(self, seed=None, options=None):
+        result = super().reset(seed, options)
+        self.state.__class__ = LiveState
+        self.built = dict.fromkeys(PLAYERS, 0)  # units, so far
+        return result
 
     def step(self, actions):
         names = ("ice_dug", "ice_delivered", "ice_received", "rubble_cleared")
         self.meters = {name: defaultdict(int) for name in names}  # by entity id
         self.destroyed = []  # (player, tile) of the units that died
         return super().step(actions)
+
+    def add_factory(self, team, pos):
+        factory = super().add_factory(team, pos)
+        if factory is not None:
+            factory.__class__ = LazyFactory
+        return factory
+
+    def _handle_recharge_actions(self, actions_by_type):  # the last thing before the engine looks for lichen
+        super()._handle_recharge_actions(actions_by_type)
+        self.state.board.ground = Ground(self.state.board)
 
     def _handle_dig_actions(self, actions_by_type):
         rubble, diggers = self.state.board.rubble, [unit for unit, _ in actions_by_type["dig"]]
@@ -261,6 +389,12 @@ class MeteredLux(LuxAI_S2):
                 self.meters["ice_delivered"][unit.unit_id] = amount
                 self.meters["ice_received"][factory_id] += amount
         super()._handle_transfer_actions(actions_by_type)
+
+    def add_unit(self, team, unit_type, pos):
+        self.built[team.agent] += 1
+        unit = super().add_unit(team, unit_type, pos)
+        unit.pos = FastPosition(*pos.tolist())
+        return unit
 
     def destroy_unit(self, unit):
         self.destroyed.append((unit.team.agent, tuple(unit.pos.pos)))
@@ -568,14 +702,11 @@ class LuxEnv(gym.Env):
         self.map_seeds = None if map_seeds is None else iter(map_seeds)
         self.players = PLAYERS if args.opponent == "self" else PLAYERS[:1]
         self.num_slots = args.max_units + args.factories_per_team
-        self.engine = MeteredLux(
-            collect_stats=True,
+        self.engine = FastLux(
             map_size=args.map_size,
             MIN_FACTORIES=args.factories_per_team,
             MAX_FACTORIES=args.factories_per_team,
             max_episode_length=EPISODE_STEPS,
-            validate_action_space=False,
-            verbose=0,
         )
         slots = (len(self.players), self.num_slots)
         planes = (len(self.players), NUM_PLANES, args.map_size, args.map_size)
@@ -677,16 +808,15 @@ class LuxEnv(gym.Env):
         return self._observe(obs, rewards, dones), float(np.sum(rewards)), over, False, info
 
     def _count(self, side, obs, reward, meters):
-        """Keep the episode's statistics: the engine's own where it has them."""
-        player, enemy = PLAYERS[side], PLAYERS[1 - side]
-        stats, engine = self.stats[side], self.engine.state.stats[player]
+        """Keep the episode's statistics."""
+        player, enemy, stats = PLAYERS[side], PLAYERS[1 - side], self.stats[side]
         stats["episodic_return"] += float(reward.sum())
         stats["episodic_length"] += 1
         stats["ice_transferred"] += int(meters["ice_delivered"].sum())
         stats["factory_count"] += len(obs["factories"][player])
         stats["factories_alive"] = stats["factory_count"] / EPISODE_STEPS
-        stats["ice_dug"] = sum(engine["generation"]["ice"].values())
-        stats["units_built"] = sum(engine["generation"]["built"].values())
+        stats["ice_dug"] += int(meters["ice_dug"].sum())
+        stats["units_built"] = self.engine.built[player]
         lost = [tile for team, tile in self.engine.destroyed if team == player]
         foes = {tile for team, tile in self.engine.destroyed if team == enemy}
         foes.update(tuple(unit["pos"]) for unit in obs["units"][enemy].values())

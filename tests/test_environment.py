@@ -50,6 +50,7 @@ def random_legal(env, rng, weights=None):
 def rich_game(args, seed):
     """An environment whose factories have the means to do everything, and live long."""
     env = LuxEnv(args)
+    env.engine.collect_stats = True  # the engine's own statistics, to compare with
     env.reset(seed=seed)
     for player in env.players:
         for factory in env.engine.state.factories[player].values():
