@@ -142,7 +142,7 @@ def test_spectral_norm_moves_once_per_optimizer_step():
         return [value.clone() for name, value in agent.state_dict().items() if name.endswith("0._u")]
 
     start = vectors()
-    assert len(start) == 8  # all convolutions of both trunks
+    assert len(start) == 9  # all convolutions: four in each trunk, and the critic's 1x1
     agent.get_value(obs), agent.get_distribution(obs)
     agent.refresh_batch_norm([obs])
     for old, new in zip(start, vectors(), strict=True):
@@ -159,5 +159,5 @@ def test_batch_norm_refresh_uses_the_given_observations():
     agent.refresh_batch_norm([obs])
     assert (agent.get_value(obs) - before).abs().max() > 1e-4
     first = next(m for m in agent.modules() if isinstance(m, nn.BatchNorm2d))
-    inputs = agent.actor[0][0](obs["planes"].float())
+    inputs = agent.actor.stem[0](obs["planes"].float())
     torch.testing.assert_close(first.running_mean, inputs.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)

@@ -72,7 +72,7 @@ def test_same_seed_same_run(finished_run):
     cwd, _ = finished_run
     run(cwd, *TINY, "--total-timesteps", "512", "--num-minibatches", "4", "--run-name", "again")
     run(cwd, *TINY, "--total-timesteps", "512", "--num-minibatches", "4", "--run-name", "other", "--seed", "2")
-    timing = ("charts/seconds", "charts/SPS")
+    timing = ("charts/seconds", "charts/SPS", "charts/rollout_seconds", "charts/update_seconds")
     rows = {
         name: [{k: v for k, v in row.items() if k not in timing} for row in read_csv(cwd / f"runs/{name}/progress.csv")]
         for name in ("smoke", "again", "other")
