@@ -134,8 +134,10 @@ class Args:
     """the surrogate clipping coefficient"""
     clip_vloss: bool = True
     """toggle a clipped loss for the value function"""
-    ent_coef: float = 0.01
+    ent_coef: float = 0.02
     """coefficient of the entropy"""
+    anneal_ent: bool = True
+    """toggle entropy coefficient annealing, as that of the learning rate"""
     vf_coef: float = 0.5
     """coefficient of the value function"""
     max_grad_norm: float = 0.5
@@ -1225,9 +1227,10 @@ if __name__ == "__main__":
     progress = tqdm(total=args.num_iterations * args.num_envs * args.num_steps, unit="step", disable=None)
 
     for iteration in range(1, args.num_iterations + 1):
+        frac = 1.0 - (iteration - 1.0) / args.num_iterations
         if args.anneal_lr:
-            frac = 1.0 - (iteration - 1.0) / args.num_iterations
             optimizer.param_groups[0]["lr"] = frac * args.learning_rate
+        ent_coef = frac * args.ent_coef if args.anneal_ent else args.ent_coef
 
         # ---- rollout
         rollout_start = time.time()
@@ -1299,7 +1302,7 @@ if __name__ == "__main__":
                 v_clip = args.clip_coef if args.clip_vloss else None
                 v_loss = value_loss(newvalue, mb["values"], mb["returns"], mb["active"], v_clip)
                 entropy_loss = masked_mean(entropy, mb["choice"])
-                loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss
+                loss = pg_loss - ent_coef * entropy_loss + args.vf_coef * v_loss
 
                 optimizer.zero_grad()
                 loss.backward()
