@@ -202,7 +202,7 @@ def fixed(variant, parent):
         elif name not in variant.removed:
             out += unit.text.splitlines(keepends=True)
         if name == DOCSTRING:
-            out += header
+            out += ["\n", *header[:-1]]  # the blank line after the header is the next unit's first
         for added in after.get(name, []):
             out += added.lines
     return "".join(out)
