@@ -83,6 +83,8 @@ class Args:
     """unit slots per team; building is masked while none is free (15 per factory hold all that its metal builds)"""
     opponent: Literal["idle", "self"] = "idle"
     """who plays the other side: nobody (its factories never starve), or the same policy"""
+    augment: bool = True
+    """in training, show each observation in a random one of the square's eight symmetries"""
     reward_ice_dug: float = 0.001
     """to a unit, per ice it digs"""
     reward_ice_delivered: float = 0.0005
@@ -687,6 +689,27 @@ def entity_rewards(args, kind, lost, ice_dug, ice_delivered, ice_received, rubbl
     return np.where(kind == FACTORY, factory, np.where(kind == EMPTY, 0, unit)).astype(np.float32)
 
 
+# ---- symmetries
+
+
+def turn_tiles(xy, symmetry, size):
+    """Where tiles (n, 2) lie after one of the square's symmetries, 0 to 7: transposed, then flipped."""
+    x, y = xy.T[::-1] if symmetry & 4 else xy.T
+    return np.stack((size - 1 - x if symmetry & 2 else x, size - 1 - y if symmetry & 1 else y), axis=-1)
+
+
+def turn_planes(planes, symmetry):
+    """Planes (18, map_size, map_size) after a symmetry, as `turn_tiles` has it."""
+    planes = planes.transpose(0, 2, 1) if symmetry & 4 else planes
+    return planes[:, :: -1 if symmetry & 2 else 1, :: -1 if symmetry & 1 else 1]
+
+
+# The unit action that each unit action becomes by each symmetry (a map of one tile turns about the origin)
+TURNED = np.tile(np.arange(NUM_ACTIONS), (8, 1))
+for _symmetry in range(8):
+    TURNED[_symmetry, :DIG] = (turn_tiles(DELTAS, _symmetry, 1)[:, None] == DELTAS).all(-1).argmax(1)
+
+
 # ---- the gymnasium.Env
 
 
@@ -701,8 +724,9 @@ class LuxEnv(gym.Env):
     An action is an integer per side and slot; illegal ones count as NO_OP. An episode ends after
     1,000 steps or when a side has no factory left: both are terminations.
 
-    Training maps come from the environment's own generator (`reset(seed=...)`); with `map_seeds`,
-    those maps are played in turn instead.
+    Training maps come from the environment's own generator (`reset(seed=...)`), and each observation
+    is turned or mirrored by chance, which the actions are then understood to be as well. With
+    `map_seeds`, those maps are played in turn, as they are.
 
     Raises MapError if 100 maps in a row have no ice or no room for the factories.
     """
@@ -776,27 +800,32 @@ class LuxEnv(gym.Env):
 
     def _observe(self, obs, rewards, dones):
         self.masks, self.kinds, sides = [], [], []
+        augment = self.args.augment and self.map_seeds is None
+        self.symmetry = int(self.np_random.integers(8)) if augment else 0
         for side, player in enumerate(self.players):
             view = View(obs, player, self.ids[side], self.args.max_units, self.views[side])
             self.views[side] = view
             self.masks.append(action_masks(view))
             kind, pixel = np.zeros(self.num_slots, dtype=np.int8), np.zeros(self.num_slots, dtype=np.int64)
             kind[view.slot], kind[view.factory_slot] = view.kind, FACTORY
-            pixel[view.slot] = view.pos @ (view.size, 1)
-            pixel[view.factory_slot] = view.factory_pos @ (view.size, 1)
+            pixel[view.slot] = turn_tiles(view.pos, self.symmetry, view.size) @ (view.size, 1)
+            pixel[view.factory_slot] = turn_tiles(view.factory_pos, self.symmetry, view.size) @ (view.size, 1)
+            mask = self.masks[side].astype(np.int8)
+            mask[: view.max_units, TURNED[self.symmetry]] = self.masks[side][: view.max_units]
             self.kinds.append(kind)
             unit_id = [0 if entity is None else int(entity.split("_")[1]) for entity in view.ids]
-            sides.append(
-                (make_planes(view), pixel, kind, np.array(unit_id, np.int32), self.masks[side].astype(np.int8))
-            )
+            planes = turn_planes(make_planes(view), self.symmetry)
+            sides.append((planes, pixel, kind, np.array(unit_id, np.int32), mask))
         stacked = [np.stack(arrays) for arrays in (*zip(*sides, strict=True), rewards, np.array(dones, np.int8))]
         keys = ("planes", "pixel", "kind", "unit_id", "action_mask", "reward", "done")
         return dict(zip(keys, stacked, strict=True))
 
     def step(self, action):
-        engine_action = {player: {} for player in PLAYERS}
+        engine_action, action = {player: {} for player in PLAYERS}, np.array(action)
+        units = action[:, : self.args.max_units]
+        units[:] = TURNED[self.symmetry].argsort()[units]
         for side, player in enumerate(self.players):
-            engine_action[player] = engine_actions(self.views[side], self.masks[side], np.asarray(action)[side])
+            engine_action[player] = engine_actions(self.views[side], self.masks[side], action[side])
         obs, _, terminations, _, _ = self.engine.step(engine_action)
         obs, over = obs[PLAYERS[0]], bool(terminations[PLAYERS[0]])
         rewards, dones = [], []

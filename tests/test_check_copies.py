@@ -57,7 +57,7 @@ def test_every_line_belongs_to_exactly_one_unit():
         ("import random\n", "import random  # for nothing\n", "import random"),
         ("# ---- placement\n", "# ---- placing\n", "comment: ---- placement"),
         ("                optimizer.zero_grad()\n", "                agent.zero_grad()\n", None),  # in a marked section
-        ("        # ---- logging\n", "        # ---- logging\n        print()\n", "main: logging"),
+        ("        update_end = time.time()\n", "        update_end = 0\n", "main: logging"),
         ("    def power_iteration(self):", "    def power_iteration(self, twice=False):", "Agent.power_iteration"),
         ("PLAYERS = (", "PLAYERS  = (", "PLAYERS"),
     ],

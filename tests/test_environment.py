@@ -37,8 +37,8 @@ from ppo_trajsep_lux import (
     resolve_collisions,
 )
 
-SMALL = Args(map_size=32, factories_per_team=2, max_units=30)
-SELF = Args(map_size=32, factories_per_team=2, max_units=30, opponent="self")
+SMALL = Args(map_size=32, factories_per_team=2, max_units=30, augment=False)
+SELF = Args(map_size=32, factories_per_team=2, max_units=30, augment=False, opponent="self")
 
 
 def random_legal(env, rng, weights=None):
@@ -115,7 +115,7 @@ def test_planes_show_the_state_from_the_players_own_side():
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_joint_play_is_legal_and_harmless(opponent, seed, capfd):
     """No warning of the engine, no friendly loss, no slot with two entities, rewards that add up."""
-    args = Args(map_size=32, factories_per_team=2, max_units=30, opponent=opponent)
+    args = Args(map_size=32, factories_per_team=2, max_units=30, augment=False, opponent=opponent)
     env, rng = rich_game(args, seed), np.random.default_rng(seed)
     env.engine.env_cfg.verbose = 3  # the engine prints every action that it does not carry out
     for _ in range(350):
@@ -191,7 +191,7 @@ def effect(before, after, entity, action, player):
 @pytest.mark.parametrize("opponent", ["idle", "self"])
 def test_every_allowed_action_takes_effect(opponent):
     """At many moments, each legal action of each entity alone, on a copy of the game."""
-    args = Args(map_size=32, factories_per_team=2, max_units=12, opponent=opponent)
+    args = Args(map_size=32, factories_per_team=2, max_units=12, augment=False, opponent=opponent)
     seen = set()
     for seed in (0, 1):
         env, rng = rich_game(args, seed), np.random.default_rng(seed)
@@ -257,6 +257,35 @@ def test_a_repeated_choice_is_sent_once():
     pytest.fail("no unit ever went on with its queue")
 
 
+def test_an_augmented_game_is_the_same_game():
+    args = Args(map_size=32, factories_per_team=2, max_units=30)
+    plain, turned, rng, seen = rich_game(SMALL, 4), rich_game(args, 4), np.random.default_rng(4), set()
+    tiles = np.argwhere(np.ones((32, 32)))
+    for _ in range(100):
+        action = random_legal(plain, rng)
+        shown = action.copy()
+        shown[:, :30] = script.TURNED[turned.symmetry][action[:, :30]]
+        one, other = plain.step(action)[0], turned.step(shown)[0]
+        symmetry = turned.symmetry
+        seen.add(symmetry)
+        at = script.turn_tiles(tiles, symmetry, 32)
+        left, right = (obs["planes"][0].astype(np.float32) for obs in (one, other))
+        np.testing.assert_array_equal(left[:, tiles[:, 0], tiles[:, 1]], right[:, at[:, 0], at[:, 1]])
+        for key in ("kind", "unit_id", "reward", "done"):
+            np.testing.assert_array_equal(one[key], other[key])
+        for slot in np.flatnonzero(one["kind"][0]):
+            here = np.array(divmod(int(one["pixel"][0, slot]), 32))
+            shown_here = np.array(divmod(int(other["pixel"][0, slot]), 32))
+            np.testing.assert_array_equal(script.turn_tiles(here[None], symmetry, 32)[0], shown_here)
+            for action in range(script.NUM_ACTIONS):
+                becomes = script.TURNED[symmetry][action] if slot < 30 else action
+                assert one["action_mask"][0, slot, action] == other["action_mask"][0, slot, becomes]
+                if slot < 30 and UP <= action <= LEFT:  # the tile that it leads to is the turned one
+                    goal = script.turn_tiles((here + script.DELTAS[action])[None], symmetry, 32)[0]
+                    np.testing.assert_array_equal(shown_here + script.DELTAS[becomes], goal)
+    assert seen == set(range(8))
+
+
 def test_resolve_collisions():
     def stopped(pos, target, newborn=()):
         return resolve_collisions(np.array(pos), np.array(target), np.array(newborn, dtype=int)).tolist()
@@ -271,7 +300,7 @@ def test_resolve_collisions():
 
 
 def test_building_is_masked_when_slots_run_out():
-    args = Args(map_size=32, factories_per_team=2, max_units=3)
+    args = Args(map_size=32, factories_per_team=2, max_units=3, augment=False)
     env, rng = rich_game(args, 0), np.random.default_rng(0)
     for _ in range(120):
         free = sum(entity is None for entity in env.ids[0][:3])
@@ -310,7 +339,7 @@ def test_untended_factories_die_and_say_so():
 
 
 def test_a_unit_that_dies_has_its_done_flag_before_its_slot_is_taken():
-    env = rich_game(Args(map_size=32, factories_per_team=2, max_units=2), 0)
+    env = rich_game(Args(map_size=32, factories_per_team=2, max_units=2, augment=False), 0)
     action = np.zeros((1, env.num_slots), dtype=int)
     action[0, 2:] = BUILD_LIGHT
     env.step(action)
