@@ -83,7 +83,7 @@ class Args:
     opponent: Literal["idle", "self"] = "idle"
     """who plays the other side: nobody (its factories never starve), or the same policy"""
     augment: bool = True
-    """in training, show each observation in a random one of the square's eight symmetries"""
+    """show each observation in a random one of the square's eight symmetries"""
     reward_ice_dug: float = 0.001
     """to a unit, per ice it digs"""
     reward_ice_delivered: float = 0.0005
@@ -251,28 +251,43 @@ def beside(tiles):
 
 
 class Ground:
-    """The map as it was in the middle of a step, and where lichen would grow on it."""
+    """The map as it was in the middle of a step, and where lichen would grow on it.
 
-    def __init__(self, board):
+    `owner` is the factory under a tile or whose lichen is on it, -1 for nobody; `connected` tells
+    which lichen reaches its own factory, for all factories at once.
+    """
+
+    def __init__(self, state, min_lichen_to_spread):
+        board, strains = state.board, state.board.lichen_strains
         self.forbidden = (board.rubble > 0) | (board.factory_occupancy_map != -1) | (board.ice > 0) | (board.ore > 0)
-        self.lichen, self.strains = board.lichen.copy(), board.lichen_strains.copy()
-        self.occupancy, self.growing = board.factory_occupancy_map.copy(), np.bincount(self.strains.ravel() + 1)
+        self.owner = np.where(board.factory_occupancy_map != -1, board.factory_occupancy_map, strains)
+        self.empty, self.rich = (strains == -1) & ~self.forbidden, board.lichen >= min_lichen_to_spread
+        self.connected, lichen = np.zeros_like(self.forbidden), (strains != -1) & ~self.forbidden
+        if lichen.any():
+            factories = [factory for team in state.factories.values() for factory in team.values()]
+            # lichen of several factories that touches must not be labelled as one
+            touching = any(
+                ((one != other) & (one != -1) & (other != -1)).any()
+                for one, other in ((strains[1:], strains[:-1]), (strains[:, 1:], strains[:, :-1]))
+            )
+            for mask in [lichen & (strains == f.num_id) for f in factories] if touching else [lichen]:
+                labels, n = label(mask, CROSS)
+                hit = np.zeros(n + 1, dtype=bool)
+                for factory in factories:
+                    x, y = factory.ring
+                    hit[labels[x, y][strains[x, y] == factory.num_id]] = True
+                hit[0] = False
+                self.connected |= hit[labels]
 
-    def flood(self, pos, strain, min_lichen_to_spread):
-        """Tiles that grow if the factory at `pos` waters (n, 2), and its connected lichen (m, 2)."""
-        ring = pos + RING
-        start = np.zeros_like(self.forbidden)
-        start[tuple(ring[((ring >= 0) & (ring < len(start))).all(1)].T)] = True
-        start &= ~self.forbidden
-        own = (self.strains == strain) & ~self.forbidden
-        labels, n = label(own, CROSS)
-        hit = np.zeros(n + 1, dtype=bool)
-        hit[labels[start & own]] = True
-        reached = start | hit[labels]  # empty ground, and lichen that is connected to the factory
-        reached |= beside(reached & (self.lichen >= min_lichen_to_spread)) & (self.strains == -1) & ~self.forbidden
-        foreign = (self.strains != -1) & (self.strains != strain)
-        foreign |= (self.occupancy != -1) & (self.occupancy != strain)
-        return np.argwhere(reached & (own | ~beside(foreign))), np.argwhere(hit[labels])
+    def grows(self, factory):
+        """The tiles that grow if the factory waters: list of (x, y)."""
+        own = self.connected & (self.owner == factory.num_id)
+        reached = own.copy()
+        reached[factory.ring] |= ~self.forbidden[factory.ring]
+        reached |= beside(reached & self.rich) & self.empty
+        foreign = (self.owner != -1) & (self.owner != factory.num_id)
+        reached &= own | ~beside(foreign)
+        return list(zip(*(axis.tolist() for axis in reached.nonzero()), strict=True))
 
 
 class LazyFactory(Factory):
@@ -282,20 +297,21 @@ class LazyFactory(Factory):
     by the step before, so the map of that step has to be kept.
     """
 
-    ground = flooded = None
+    ground, found = None, ()
 
     def cache_water_info(self, board, env_cfg):
-        self.ground, self.flooded, self.spread = board.ground, None, env_cfg.MIN_LICHEN_TO_SPREAD
+        self.ground, self.found = board.ground, None
 
-    def flood(self):
-        if self.flooded is None:
-            self.flooded = self.ground.flood(self.pos.pos, self.num_id, self.spread)
-        return self.flooded
+    @property
+    def grow_lichen_positions(self):
+        if self.found is None:
+            self.found = self.ground.grows(self)
+        return self.found
 
-    grow_lichen_positions = property(lambda self: self.flood()[0] if self.ground else ())
-    connected_lichen_positions = property(
-        lambda self: self.flood()[1] if self.ground.growing[self.num_id + 1 :].any() else ()
-    )
+    @property
+    def connected_lichen_positions(self):  # the engine only counts them
+        ground = self.ground
+        return ground.owner[ground.connected & (ground.owner == self.num_id)] if ground.connected.any() else ()
 
 
 class LiveState(State):
@@ -368,11 +384,13 @@ class FastLux(LuxAI_S2):
         factory = super().add_factory(team, pos)
         if factory is not None:
             factory.__class__ = LazyFactory
+            ring = factory.pos.pos + RING
+            factory.ring = tuple(ring[((ring >= 0) & (ring < self.env_cfg.map_size)).all(1)].T)
         return factory
 
     def _handle_recharge_actions(self, actions_by_type):  # the last thing before the engine looks for lichen
         super()._handle_recharge_actions(actions_by_type)
-        self.state.board.ground = Ground(self.state.board)
+        self.state.board.ground = Ground(self.state, self.env_cfg.MIN_LICHEN_TO_SPREAD)
 
     def _handle_dig_actions(self, actions_by_type):
         rubble, diggers = self.state.board.rubble, [unit for unit, _ in actions_by_type["dig"]]
@@ -726,9 +744,9 @@ class LuxEnv(gym.Env):
     An action is an integer per side and slot; illegal ones count as NO_OP. An episode ends after
     1,000 steps or when a side has no factory left: both are terminations.
 
-    Training maps come from the environment's own generator (`reset(seed=...)`), and each observation
-    is turned or mirrored by chance, which the actions are then understood to be as well. With
-    `map_seeds`, those maps are played in turn, as they are.
+    Training maps come from the environment's own generator (`reset(seed=...)`); with `map_seeds`,
+    those maps are played in turn instead. With `augment`, each observation is turned or mirrored by
+    chance, and the action that answers it is turned back.
 
     Raises MapError if 100 maps in a row have no ice or no room for the factories.
     """
@@ -802,8 +820,7 @@ class LuxEnv(gym.Env):
 
     def _observe(self, obs, rewards, dones):
         self.masks, self.kinds, sides = [], [], []
-        augment = self.args.augment and self.map_seeds is None
-        self.symmetry = int(self.np_random.integers(8)) if augment else 0
+        self.symmetry = int(self.np_random.integers(8)) if self.args.augment else 0
         for side, player in enumerate(self.players):
             view = View(obs, player, self.ids[side], self.args.max_units, self.views[side])
             self.views[side] = view
@@ -1115,7 +1132,7 @@ def evaluate(agent, args, device, greedy):
     maps = [range(i, args.eval_episodes, num_envs) for i in range(num_envs)]
     envs = make_vector_env(args, maps)
     finished = [[] for _ in maps]  # per environment, its episodes' statistics
-    next_obs, _ = envs.reset()
+    next_obs, _ = envs.reset(seed=args.seed)
     while any(len(done) < len(seeds) for done, seeds in zip(finished, maps, strict=True)):
         distribution = agent.get_distribution(to_tensors(next_obs, device))
         action = distribution.probs.argmax(-1) if greedy else distribution.sample()
@@ -1360,6 +1377,7 @@ if __name__ == "__main__":
         row["charts/rollout_seconds"] = update_start - rollout_start
         row["charts/update_seconds"] = update_end - update_start
         row["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+        row["charts/episodes"] = len(full)  # that ended in this iteration; the next are their means
         for name, values in {**episodes, "full_episodes": full}.items():
             row[f"charts/{name}"] = np.mean(values) if values else None  # blank where no episode ended
         row["charts/active_cells"] = (batch["active"].sum() / args.batch_size).item()

@@ -2,6 +2,7 @@
 
     python tests/check_copies.py          fails with file, line and a unified diff
     python tests/check_copies.py --fix    writes the parent's text into every unmarked copy
+    python tests/check_copies.py --prune  the same, and deletes unmarked units that the parent no longer has
     python tests/check_copies.py --stat   lists how much each script adds to its parent
 
 A variant names its parent, and the units that it lacks, on lines of their own near its top:
@@ -162,7 +163,7 @@ def compare(variant, parent):
             faults.append(f"{where}: one mark is enough, and its parent is {stem}")
         elif name not in parent.units:
             if kinds != ["Added to"]:
-                faults.append(f"{where}: {stem} has no such unit; say '# Added to {stem}: <reason>', or delete it")
+                faults.append(f"{where}: {stem} has no such unit; say '# Added to {stem}: <reason>', or use --prune")
         elif kinds == ["Added to"]:
             faults.append(f"{where}: {stem} has this unit as well; say '# Differs from {stem}: <reason>'")
         elif kinds and unit.text == parent.units[name].text:
@@ -185,14 +186,14 @@ def compare(variant, parent):
     return faults
 
 
-def fixed(variant, parent):
+def fixed(variant, parent, prune):
     """The variant's text with the parent's in every unit that is not marked."""
     out, after = [], {}  # `after`: the units that only the variant has, by the shared unit before them
     last = None
     for name, unit in variant.units.items():
         if name in parent.units:
             last = name
-        else:
+        elif unit.marks or not prune:
             after.setdefault(last, []).append(unit)
     header = [variant.source.splitlines(keepends=True)[i] for i in variant.header]
     for name, unit in parent.units.items():
@@ -249,6 +250,7 @@ def family(root):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fix", action="store_true", help="write the parent's text into every unmarked copy")
+    parser.add_argument("--prune", action="store_true", help="--fix, and delete unmarked units unknown to the parent")
     parser.add_argument("--stat", action="store_true", help="list how many lines each script adds to its parent")
     parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parent.parent, help="the repository")
     args = parser.parse_args()
@@ -259,8 +261,8 @@ def main():
             if scripts[name].parent is None:
                 continue
             parent = scripts[scripts[name].parent]
-            if args.fix:
-                text = fixed(scripts[name], parent)
+            if args.fix or args.prune:
+                text = fixed(scripts[name], parent, args.prune)
                 if text != scripts[name].source:
                     scripts[name].path.write_text(text)
                     print(f"{scripts[name].path}: fixed")

@@ -104,9 +104,12 @@ def test_marks_are_checked(tree):
     path.write_text(good)
     edit(path, "def compute_gae(", "def more():\n    return 1\n\n\ndef compute_gae(")
     assert "ppo_trajsep_lux has no such unit" in check(tree).stderr
+    assert "has no such unit" in check(tree, "--fix").stderr and "def more(" in path.read_text()  # nothing is lost
     edit(path, "def more(", "# Added to ppo_trajsep_lux: for the test\ndef more(")
     assert check(tree).returncode == 0
-    assert check(tree, "--fix").returncode == 0 and "def more(" in path.read_text()
+    assert check(tree, "--prune").returncode == 0 and "def more(" in path.read_text()
+    edit(path, "# Added to ppo_trajsep_lux: for the test\n", "")
+    assert check(tree, "--prune").returncode == 0 and path.read_text() == good
     path.write_text(good)
     edit(path, "# Removed from ppo_trajsep_lux: Args.num_groups\n", "")
     assert "lacks Args.num_groups" in check(tree).stderr

@@ -1,0 +1,233 @@
+"""Measures speed (not collected by pytest): engine, wrapper, rollout, update, whole training.
+
+    python tests/bench_speed.py                        at the small CPU setting of the README
+    python tests/bench_speed.py --paper                at the paper's setting (48x48, 4 factories, 200K parameters)
+    python tests/bench_speed.py --baseline COMMIT      the script of an older commit beside it, in turn
+
+The engine is measured at 80 units, 40 a team, in random legal play on 48x48: one game is played and
+its actions recorded, then both engines play them again. The rest comes from runs of the script
+itself, watched from outside. Processor time for the engine, wall time for the rest.
+"""
+
+import argparse
+import copy
+import csv
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from luxai_s2.env import LuxAI_S2
+from luxai_s2.unit import UnitType
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import ppo_trajsep_lux as script  # noqa: E402
+
+UNITS, STEPS, MAP_SEED = 80, 200, 5
+SMALL = ["--map-size", "32", "--factories-per-team", "2", "--max-units", "30", "--channels", "24"]
+WATCH = """
+import json, runpy, sys, time
+import torch
+from torch.distributions.categorical import Categorical
+from gymnasium.vector import AsyncVectorEnv
+spans, began, state = {"rollout": [], "update": []}, time.time(), {"phase": None}
+def sample(self, *a, **k):
+    if state["phase"] != "rollout":
+        if state["phase"] == "update":
+            spans["update"].append(state["last"] - state["start"])
+        state.update(phase="rollout", start=time.time())
+    return real_sample(self, *a, **k)
+def step_wait(self, *a, **k):
+    out = real_wait(self, *a, **k)
+    state["last"] = time.time()
+    return out
+def zero_grad(self, *a, **k):
+    if state["phase"] == "rollout":
+        spans["rollout"].append(state["last"] - state["start"])
+        state.update(phase="update", start=time.time())
+    return real_zero(self, *a, **k)
+def step(self, *a, **k):
+    out = real_step(self, *a, **k)
+    state["last"] = time.time()
+    return out
+real_sample, Categorical.sample = Categorical.sample, sample
+real_wait, AsyncVectorEnv.step_wait = AsyncVectorEnv.step_wait, step_wait
+real_zero, torch.optim.Adam.zero_grad = torch.optim.Adam.zero_grad, zero_grad
+real_step, torch.optim.Adam.step = torch.optim.Adam.step, step
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("SPANS " + json.dumps(spans))
+"""
+
+
+def crowd(engine, lichen):
+    """Put 40 units of each team on free tiles; with `lichen`, clear ground around the factories."""
+    rng, state = np.random.default_rng(MAP_SEED), engine.state
+    tiles = iter(rng.permutation(np.argwhere(state.board.factory_occupancy_map == -1)))
+    for player in script.PLAYERS:
+        for factory in state.factories[player].values():
+            factory.cargo.water += 100_000
+            if lichen:
+                x, y = np.maximum(factory.pos.pos - 6, 0)
+                state.board.rubble[x : x + 13, y : y + 13] = 0
+        for i in range(UNITS // 2):
+            kind = UnitType.HEAVY if i % 4 == 0 else UnitType.LIGHT
+            unit = engine.add_unit(state.teams[player], kind, next(tiles))
+            unit.power = unit.battery_capacity
+
+
+def new_env():
+    args = script.Args(opponent="self", max_units=UNITS, augment=False)
+    script.check_args(args)
+    env = script.LuxEnv(args, map_seeds=[MAP_SEED] * 2)
+    env.reset()
+    return env
+
+
+def play(lichen):
+    """Random legal play of both sides: (the engine's actions, wrapper ms a step, engine ms a step)."""
+    env, rng, log, engine_time = new_env(), np.random.default_rng(0), [], 0.0
+    crowd(env.engine, lichen)
+    obs = env.engine.state.get_obs()
+    for side, player in enumerate(script.PLAYERS):
+        env.ids[side][: UNITS // 2] = obs["units"][player]
+    nothing = np.zeros((2, env.num_slots), np.float32)
+    env.views, engine_step = [None, None], env.engine.step
+    env._observe(obs, nothing, nothing)
+
+    def step(actions):
+        nonlocal engine_time
+        log.append(copy.deepcopy(actions))
+        start = time.process_time()
+        out = engine_step(actions)
+        engine_time += time.process_time() - start
+        return out
+
+    env.engine.step, wrapper_time = step, 0.0
+    for _ in range(STEPS):
+        mask = np.array(env.masks)
+        mask[:, UNITS:, script.WATER] &= lichen
+        action = (rng.random(mask.shape) * mask).argmax(-1)
+        start, logged = time.process_time(), engine_time
+        env.step(action)
+        wrapper_time += time.process_time() - start - (engine_time - logged)
+    return log, wrapper_time / STEPS * 1e3, engine_time / STEPS * 1e3
+
+
+def replay(cls, log, lichen, **config):
+    """Steps per second of an engine that plays recorded actions."""
+    env = new_env()
+    env.engine = cls(map_size=48, MIN_FACTORIES=4, MAX_FACTORIES=4, max_episode_length=1000, **config)
+    env.map_seeds = iter([MAP_SEED])
+    env.reset()
+    crowd(env.engine, lichen)
+    actions = copy.deepcopy(log)
+    start = time.process_time()
+    for action in actions:
+        env.engine.step(action)
+    return len(log) / (time.process_time() - start)
+
+
+def bench_engine():
+    print(f"Engine and wrapper, 48x48, {UNITS} units, random legal play of both sides, one process")
+    for lichen in (False, True):
+        log, wrapper, engine = play(lichen)
+        stock = replay(LuxAI_S2, log, lichen, verbose=0)
+        fast = replay(script.FastLux, log, lichen)
+        stock, fast = (
+            max(stock, replay(LuxAI_S2, log, lichen, verbose=0)),
+            max(fast, replay(script.FastLux, log, lichen)),
+        )
+        print(f"  {'with' if lichen else 'without'} lichen")
+        print(f"    stock engine            {stock:7.0f} steps/s")
+        print(f"    fast engine             {fast:7.0f} steps/s   {fast / stock:.1f} x stock")
+        print(f"    all else in the wrapper {wrapper:7.2f} ms/step   {wrapper * fast / 1e3:.1f} x a fast engine step")
+        print(
+            f"    wrapper                 {1e3 / (wrapper + 1e3 / fast):7.0f} steps/s   of the fast engine, both sides"
+        )
+
+
+def bench_training(path, flags, iterations, name):
+    """Run a script for some iterations and print its phases; (rollout, update) seconds an iteration."""
+    with tempfile.TemporaryDirectory() as folder:
+        batch = script.Args().num_envs * script.Args().num_steps
+        flags = [*flags, "--total-timesteps", str(batch * iterations), "--run-name", "bench"]
+        flags += ["--num-steps", str(script.Args().num_steps), "--num-minibatches", str(script.Args().num_minibatches)]
+        watch = Path(folder) / "watch.py"
+        watch.write_text(WATCH)
+        command = [sys.executable, str(watch), str(path), *flags]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+        spans = next(line for line in done.stdout.splitlines() if line.startswith("SPANS "))
+        spans = {key: np.array(value) for key, value in json.loads(spans[6:]).items()}
+        with open(Path(folder) / "runs/bench/progress.csv") as file:
+            seconds = np.diff([float(row["charts/seconds"]) for row in csv.DictReader(file)])
+    rollout, update, whole = np.median(spans["rollout"][1:]), np.median(spans["update"][1:]), np.median(seconds)
+    print(f"  {name}")
+    print(f"    rollout with inference  {batch / rollout:7.0f} steps/s   {rollout / whole:4.0%} of an iteration")
+    print(f"    update                  {batch / update:7.0f} steps/s   {update / whole:4.0%} of an iteration")
+    print(f"    training                {batch / whole:7.0f} steps/s")
+    return rollout, update
+
+
+def bench_passes(flags):
+    """Seconds of the bare forward and backward passes of one update: the same network, batch and minibatches."""
+    args = script.tyro.cli(script.Args, args=flags)
+    script.check_args(args)
+    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    agent = script.Agent(args.channels, args.num_blocks, args.norm, args.bf16).to(device)
+    slots = args.max_units + args.factories_per_team
+    planes = torch.rand(args.minibatch_size, script.NUM_PLANES, args.map_size, args.map_size).half().to(device)
+    pixel = torch.randint(args.map_size**2, (args.minibatch_size, slots)).to(device)
+    times = []
+    for _ in range(4):
+        start = time.time()
+        for _ in range(args.num_minibatches):
+            obs = {"planes": planes, "pixel": pixel, "kind": torch.ones_like(pixel)}
+            features = [agent.entity_features(trunk, obs) for trunk in (agent.actor, agent.critic)]
+            (features[0].sum() + features[1].sum()).backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append((time.time() - start) * args.update_epochs)
+    return np.median(times[1:])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--paper", action="store_true", help="the paper's setting")
+    parser.add_argument("--bf16", action="store_true", help="convolutions in bfloat16")
+    parser.add_argument("--baseline", metavar="COMMIT", help="an older commit to measure in the same run")
+    parser.add_argument("--iterations", type=int, default=6)
+    parser.add_argument("--skip-engine", action="store_true")
+    args = parser.parse_args()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    print(
+        f"{os.cpu_count()} cores, OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS')}, torch {torch.__version__}, {gpu}"
+    )
+    if not args.skip_engine:
+        bench_engine()
+    flags = ([] if args.paper else SMALL) + (["--bf16"] if args.bf16 else [])
+    print(f"Training: {' '.join(flags) or 'defaults'}")
+    rollout, update = bench_training(ROOT / "ppo_trajsep_lux.py", flags, args.iterations, "this commit")
+    passes = bench_passes(flags)
+    print(f"    update                  {update / passes:.2f} x the bare forward and backward passes ({passes:.2f} s)")
+    if args.baseline:
+        with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
+            show = ["git", "-C", str(ROOT), "show", f"{args.baseline}:ppo_trajsep_lux.py"]
+            file.write(subprocess.run(show, capture_output=True, text=True, check=True).stdout)
+            file.flush()
+            old_rollout, old_update = bench_training(file.name, flags, args.iterations, f"commit {args.baseline}")
+        print(f"  rollout {old_rollout / rollout:.2f} x, update {old_update / update:.2f} x as fast as {args.baseline}")
+
+
+if __name__ == "__main__":
+    main()
