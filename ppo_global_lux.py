@@ -951,6 +951,14 @@ class Trunk(nn.Module):
         tiles = (corner[:, None] + patch.flatten()).flatten()  # (B * K * 9,)
         return self.last(x.permute(0, 2, 3, 1).flatten(0, 2)[tiles].view(len(corner), -1))
 
+    # Added to ppo_trajsep_lux: the critic looks at the whole map
+    def everywhere(self, planes):
+        """The same features at every tile: (B * H * W, channels)."""
+        linear = self.last[0]
+        kernel = linear.weight.unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2)
+        x = F.conv2d(self.blocks(self.stem(planes)), kernel, linear.bias, padding=1)  # (B, C, H, W)
+        return nn.Sequential(*list(self.last)[1:])(x.permute(0, 2, 3, 1).flatten(0, 2))
+
 
 def of_kind(outputs, kind):
     """From head outputs (B, num_slots, 3, ...), those of each slot's kind (light, heavy, factory)."""
@@ -988,11 +996,10 @@ class Agent(nn.Module):
     # Differs from ppo_trajsep_lux: one value for the whole map
     def get_value(self, obs):
         """Value of the whole map, from the mean of the critic's last features: (B, 1)."""
-        everywhere = torch.arange(obs["planes"][0, 0].numel(), device=obs["planes"].device).expand(
-            len(obs["planes"]), -1
-        )
-        features = self.critic_pixel(self.entity_features(self.critic, {**obs, "pixel": everywhere}))
-        return self.critic_head(features.unflatten(0, everywhere.shape).mean(1))
+        planes = obs["planes"].to(torch.bfloat16 if self.bf16 else torch.float32, memory_format=torch.channels_last)
+        with torch.autocast(planes.device.type, torch.bfloat16, enabled=self.bf16):
+            features = self.critic_pixel(self.critic.everywhere(planes)).float()  # (B * H * W, channels)
+        return self.critic_head(features.unflatten(0, (len(planes), -1)).mean(1))
 
     def get_distribution(self, obs):
         """Action distribution of every entity, at its pixel: Categorical (B, num_slots)."""
