@@ -1,0 +1,167 @@
+"""Tables and curves of a figure, from the CSV files under ablations/results/ alone.
+
+    python ablations/report.py baselines [--scale cpu]
+
+Writes results/<scale>/<figure>.png and .md and prints the table. A number is the mean over seeds
+of a seed's mean over the episodes that ended in the last 8,192 environment steps, +- the standard
+deviation over seeds; curves are means over windows of 4,096 steps. Welch's t-test and Cohen's d
+(pooled standard deviation) compare with the first variant. A missing run is shown as missing.
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from scipy.stats import ttest_ind
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from run import FIGURES, ROOT, SCALES  # noqa: E402
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+WINDOW, FINAL = 4096, 8192  # environment steps
+METRICS = {
+    "ice_transferred": "ice",
+    "episodic_length": "length",
+    "episodic_return": "return",
+    "factory_count": "factory count",
+    "factories_alive": "factories alive",
+}
+
+
+def read(path):
+    """A run's columns as float arrays, NaN where a field is blank."""
+    with open(path) as file:
+        rows = list(csv.DictReader(file))
+    return {key: np.array([float(row[key] or "nan") for row in rows]) for key in rows[0]}
+
+
+def episode_mean(run, metric, rows):
+    """Mean of a metric over the episodes that ended in the given rows (bool mask); NaN if none did."""
+    count = np.where(rows, run["charts/episodes"], 0)
+    return np.nansum(count * run[f"charts/{metric}"]) / count.sum() if count.sum() else np.nan
+
+
+def windows(run, metric):
+    """(end of each window, mean of the episodes that ended in it), without windows in which none did."""
+    step = run["global_step"]
+    ends = np.arange(WINDOW, step[-1] + WINDOW, WINDOW)
+    means = np.array([episode_mean(run, metric, (step > end - WINDOW) & (step <= end)) for end in ends])
+    return ends[~np.isnan(means)], means[~np.isnan(means)]
+
+
+def final(run, metric):
+    return episode_mean(run, metric, run["global_step"] > run["global_step"][-1] - FINAL)
+
+
+def reached(runs, share):
+    """End of the first window in which this share of all runs' episodes lasted 1,000 steps, or 'never'."""
+    steps = runs[0]["global_step"]
+    for end in np.arange(WINDOW, steps[-1] + WINDOW, WINDOW):
+        full = episodes = 0
+        for run in runs:
+            rows = (run["global_step"] > end - WINDOW) & (run["global_step"] <= end)
+            count = np.where(rows, run["charts/episodes"], 0)
+            episodes += count.sum()
+            full += np.nansum(count * run["charts/full_episodes"])
+        if episodes and full / episodes >= share:
+            return f"{end:,.0f}"
+    return "never"
+
+
+def first_full(run):
+    rows = np.flatnonzero(run["charts/full_episodes"] > 0)
+    return f"{run['global_step'][rows[0]]:,.0f}" if len(rows) else "never"
+
+
+def spread(values):
+    std = np.std(values, ddof=1) if len(values) > 1 else np.nan
+    digits = 1 if abs(np.mean(values)) < 1000 else 0
+    return f"{np.mean(values):,.{digits}f} +- {std:,.{digits}f}"
+
+
+def against(values, reference):
+    """Welch's t-test and Cohen's d of `values` against `reference`."""
+    if min(len(values), len(reference)) < 2:
+        return "too few seeds"
+    pooled = np.sqrt((np.var(values, ddof=1) + np.var(reference, ddof=1)) / 2)
+    p = ttest_ind(reference, values, equal_var=False).pvalue
+    return f"p = {p:.2g}, d = {(np.mean(reference) - np.mean(values)) / pooled:.1f}" if pooled else "no variance"
+
+
+def table(variants, data):
+    """Two Markdown tables: the final numbers, and when episodes last 1,000 steps."""
+    head = ["variant", "seeds", *METRICS.values(), "ice: against the first", "return: against the first", "paper's ice"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    reference = {metric: [final(run, metric) for run in data[variants[0].name].values()] for metric in METRICS}
+    for variant in variants:
+        runs = list(data[variant.name].values())
+        if not runs:
+            lines.append(f"| {variant.label} | missing |" + " |" * (len(head) - 2))
+            continue
+        values = {metric: [final(run, metric) for run in runs] for metric in METRICS}
+        cells = [variant.label, " ".join(map(str, data[variant.name]))]
+        cells += [spread(values[metric]) for metric in METRICS]
+        for metric in ("ice_transferred", "episodic_return"):
+            cells.append("" if variant == variants[0] else against(values[metric], reference[metric]))
+        lines.append("| " + " | ".join([*cells, variant.paper_ice]) + " |")
+    lines += [
+        "",
+        "| variant | 10% of episodes last 1,000 steps | 95% | first such episode, by seed |",
+        "|---|---|---|---|",
+    ]
+    for variant in variants:
+        runs = data[variant.name]
+        if runs:
+            by_seed = "; ".join(f"{seed}: {first_full(run)}" for seed, run in runs.items())
+            shares = [reached(list(runs.values()), share) for share in (0.1, 0.95)]
+            lines.append(f"| {variant.label} | {shares[0]} | {shares[1]} | {by_seed} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(variants, data, path):
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5))
+    for i, variant in enumerate(variants):
+        runs = list(data[variant.name].values())
+        for axis, metric in zip(axes, ("episodic_length", "ice_transferred"), strict=True):
+            if not runs:
+                axis.plot([], [], color=f"C{i}", label=f"{variant.label} (missing)")
+                continue
+            grid = np.arange(WINDOW, runs[0]["global_step"][-1] + 1, WINDOW)
+            curves = np.array([np.interp(grid, *windows(run, metric)) for run in runs])
+            mean, std = curves.mean(0), curves.std(0)
+            axis.plot(grid, mean, color=f"C{i}", label=f"{variant.label} ({len(runs)} seeds)")
+            axis.fill_between(grid, mean - std, mean + std, color=f"C{i}", alpha=0.2)
+    for axis, title in zip(axes, ("episode length (steps)", "ice transferred per episode"), strict=True):
+        axis.set(xlabel="environment steps", ylabel=title, ylim=(0, None))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("figure", choices=FIGURES)
+    parser.add_argument("--scale", choices=SCALES, default="cpu")
+    parser.add_argument("--results", type=Path, default=ROOT / "ablations/results")
+    args = parser.parse_args()
+    folder, variants = args.results / args.scale, FIGURES[args.figure]
+    data = {
+        variant.name: {int(path.stem[4:]): read(path) for path in sorted((folder / variant.name).glob("seed*.csv"))}
+        for variant in variants
+    }
+    if not data[variants[0].name]:
+        sys.exit(f"{folder / variants[0].name} holds no seedN.csv: run `python ablations/run.py {args.figure}` first.")
+    text = table(variants, data)
+    (folder / f"{args.figure}.md").write_text(text)
+    plot(variants, data, folder / f"{args.figure}.png")
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Runs the comparisons: every variant of a figure with every seed, several at a time.
+
+    python ablations/run.py baselines                      the four scripts, seeds 1 to 3, at the CPU scale
+    python ablations/run.py fig4 --seeds 1 2 --scale paper
+    python ablations/run.py all --dry-run                  print the commands, one a line, for a scheduler
+
+Each run is a process of its own with its log beside it in runs/. A finished run leaves its curve in
+ablations/results/<scale>/<variant>/seed<N>.csv, and is skipped from then on; one that was
+interrupted starts anew, and its old folder is kept under another name. A run that fails stops no
+other; the failures are listed at the end, with their logs, and the exit status is 1.
+"""
+
+import argparse
+import csv
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+SCALES = {
+    "cpu": "--map-size 32 --factories-per-team 2 --max-units 30 --channels 24 --total-timesteps 53248 --bf16",
+    "paper": "--total-timesteps 102400 --bf16",
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str  # of its folder under results/
+    label: str  # in tables and pictures
+    script: str
+    flags: str = ""
+    paper_ice: str = ""  # the paper's ice transferred, for the tables
+
+
+TRAJSEP = Variant("trajsep", "trajectory separation", "ppo_trajsep_lux.py", "", "44,472 +- 12,065")
+ONE_UNIT_GROUP = Variant("groups_1", "units in 1 group", "ppo_trajsep_lux.py", "--num-groups 1", "3,573 +- 3,753")
+MAPPO = Variant("mappo", "MAPPO", "mappo_lux.py", "", "2,643 +- 3,353")
+GLOBAL = Variant("global", "one global trajectory", "ppo_global_lux.py", "", "3,066 +- 2,996")
+FIGURES = {  # the first variant of each is what the others are compared with
+    "baselines": (TRAJSEP, Variant("ippo", "IPPO", "ippo_lux.py"), MAPPO, GLOBAL),
+    "fig4": (
+        TRAJSEP,
+        ONE_UNIT_GROUP,
+        *[
+            Variant(f"groups_{n}", f"units in {n} groups", "ppo_trajsep_lux.py", f"--num-groups {n}", ice)
+            for n, ice in ((2, "14,388"), (4, "29,459"), (8, "32,049"), (16, "36,847"))
+        ],
+    ),
+}
+
+
+@dataclass
+class Run:
+    variant: Variant
+    seed: int
+    scale: str
+    process: subprocess.Popen | None = None
+
+    def __post_init__(self):
+        self.name = f"{self.scale}-{self.variant.name}-{self.seed}"
+        self.result = ROOT / "ablations/results" / self.scale / self.variant.name / f"seed{self.seed}.csv"
+        self.folder = ROOT / "runs" / self.name
+        self.log = ROOT / "runs" / f"{self.name}.log"
+
+    def command(self, python):
+        flags = f"{SCALES[self.scale]} {self.variant.flags} --seed {self.seed} --run-name {self.name}"
+        return [python, self.variant.script, *flags.split()]
+
+    def start(self, threads):
+        if self.folder.exists():
+            self.folder.rename(f"{self.folder}-interrupted-{time.time():.0f}")
+        self.log.parent.mkdir(exist_ok=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(
+                self.command(sys.executable), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment
+            )
+
+    def steps(self):
+        """Environment steps so far."""
+        try:
+            with open(self.folder / "progress.csv") as file:
+                return max((int(row["global_step"]) for row in csv.DictReader(file)), default=0)
+        except (OSError, ValueError, TypeError):  # not there yet, or its last row is being written
+            return 0
+
+    def keep(self):
+        """Copy the curve to results/, in one piece or not at all."""
+        self.result.parent.mkdir(parents=True, exist_ok=True)
+        part = self.result.with_suffix(".part")
+        shutil.copy(self.folder / "progress.csv", part)
+        part.replace(self.result)
+
+
+def run_all(runs, jobs, threads):
+    """Start the runs as slots come free; the list of those that failed."""
+    waiting, running, failed = list(runs), [], []
+    scale = SCALES[runs[0].scale].split()
+    per_run = int(scale[scale.index("--total-timesteps") + 1])
+    done_steps = 0
+    with tqdm(total=per_run * len(runs), unit="step", smoothing=0.02) as progress:
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    running.append(waiting.pop(0))
+                    running[-1].start(threads)
+                time.sleep(2)
+                for run in [run for run in running if run.process.poll() is not None]:
+                    running.remove(run)
+                    done_steps += per_run
+                    if run.process.returncode == 0:
+                        run.keep()
+                    else:
+                        failed.append(run)
+                        tqdm.write(f"{run.name} failed with exit status {run.process.returncode}: see {run.log}")
+                progress.n = done_steps + sum(run.steps() for run in running)
+                progress.set_postfix_str(", ".join(run.name for run in running), refresh=True)
+        finally:  # also on Ctrl-C: no run goes on unseen
+            for run in running:
+                run.process.terminate()
+            for run in running:
+                run.process.wait()
+    return failed
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("figure", choices=[*FIGURES, "all"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--scale", choices=SCALES, default="cpu")
+    cores = os.cpu_count() or 1
+    parser.add_argument("--jobs", type=int, default=max(1, cores // 2), help="runs at a time (default: cores / 2)")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands of the missing runs and stop")
+    args = parser.parse_args()
+    if args.jobs < 1:
+        sys.exit(f"--jobs must be at least 1, got {args.jobs}.")
+    variants = dict.fromkeys(v for name in FIGURES if args.figure in (name, "all") for v in FIGURES[name])
+    runs = [Run(variant, seed, args.scale) for seed in args.seeds for variant in variants]
+    runs = [run for run in runs if not run.result.exists()]
+    if args.dry_run:
+        for run in runs:
+            print(" ".join(run.command("python")))
+        return
+    if not runs:
+        print("Every run of this figure is finished.")
+        return
+    failed = run_all(runs, args.jobs, max(1, cores // args.jobs))
+    if failed:
+        sys.exit(f"{len(failed)} of {len(runs)} runs failed: " + ", ".join(f"{run.name} ({run.log})" for run in failed))
+
+
+if __name__ == "__main__":
+    main()
