@@ -55,6 +55,25 @@ def test_training_writes_what_it_promises(finished_run):
     assert not list((cwd / "runs/smoke").glob("*.tmp"))
 
 
+def test_the_loops_own_buffer_holds_the_last_step_of_an_episode(tmp_path):
+    """The reset in the same step overwrites the last reward and done flags: the loop must not take those."""
+    source, anchor = (ROOT / SCRIPT).read_text(), "        advantages = compute_gae("
+    assert source.count(anchor) == 1
+    spied = source.replace(
+        anchor, f'        torch.save([entity_reward, entity_dones, obs["kind"]], "buffer.pt")\n{anchor}'
+    )
+    (tmp_path / "spied.py").write_text(spied)
+    flags = [*TINY, "--num-envs", "1", "--num-steps", "160", "--total-timesteps", "160", "--run-name", "one"]
+    done = subprocess.run([sys.executable, "spied.py", *flags], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (row,) = read_csv(tmp_path / "runs/one/progress.csv")
+    assert row["charts/episodes"] == "1"
+    length, (reward, dones, kind) = int(float(row["charts/episodic_length"])), torch.load(tmp_path / "buffer.pt")
+    assert reward[:length].sum().item() == pytest.approx(float(row["charts/episodic_return"]), abs=1e-4)
+    assert reward[length - 1].sum() < -0.9  # the factory's loss
+    assert torch.equal(dones[length - 1].bool(), kind[length - 1] != 0)  # everything ended there
+
+
 def test_evaluation_of_the_saved_model(finished_run):
     cwd, _ = finished_run
     done = run(cwd, "--evaluate", "runs/smoke/model.pt", "--eval-episodes", "3")
