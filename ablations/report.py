@@ -5,7 +5,8 @@
 Writes results/<scale>/<figure>.png and .md and prints the table. A number is the mean over seeds
 of a seed's mean over the episodes that ended in the last 8,192 environment steps, +- the standard
 deviation over seeds; curves are means over windows of 4,096 steps. Welch's t-test and Cohen's d
-(pooled standard deviation) compare with the first variant. A missing run is shown as missing.
+(pooled standard deviation) compare with the first variant. A missing run is shown as missing. The
+dashed line is the untrained policy, where results/<scale>/untrained/ holds its `--evaluate` tables.
 """
 
 import argparse
@@ -123,6 +124,16 @@ def table(variants, data):
     return "\n".join(lines) + "\n"
 
 
+def untrained(folder, metric):
+    """Mean over the seeds of an untrained policy's `--evaluate` table (sampled actions); None without one."""
+    values = []
+    for path in sorted((folder / "untrained").glob("seed*_eval.txt")):
+        rows = [[cell.strip() for cell in line.split("|")] for line in path.read_text().splitlines() if "|" in line]
+        sampled = next(row for row in rows if row[1] == "sampled")
+        values.append(float(sampled[rows[0].index(metric)].split()[0].replace(",", "")))
+    return np.mean(values) if values else None
+
+
 def plot(variants, data, path):
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5))
     for i, variant in enumerate(variants):
@@ -136,7 +147,13 @@ def plot(variants, data, path):
             mean, std = curves.mean(0), curves.std(0)
             axis.plot(grid, mean, color=f"C{i}", label=f"{variant.label} ({len(runs)} seeds)")
             axis.fill_between(grid, mean - std, mean + std, color=f"C{i}", alpha=0.2)
-    for axis, title in zip(axes, ("episode length (steps)", "ice transferred per episode"), strict=True):
+    levels = {
+        "episode length (steps)": untrained(path.parent, "episodic_length"),
+        "ice transferred per episode": untrained(path.parent, "ice_transferred"),
+    }
+    for axis, title in zip(axes, levels, strict=True):
+        if levels[title] is not None:
+            axis.axhline(levels[title], color="grey", linestyle="--", label="untrained policy")
         axis.set(xlabel="environment steps", ylabel=title, ylim=(0, None))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)

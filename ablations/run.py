@@ -44,6 +44,7 @@ MAPPO = Variant("mappo", "MAPPO", "mappo_lux.py", "", "2,643 +- 3,353")
 GLOBAL = Variant("global", "one global trajectory", "ppo_global_lux.py", "", "3,066 +- 2,996")
 FIGURES = {  # the first variant of each is what the others are compared with
     "baselines": (TRAJSEP, Variant("ippo", "IPPO", "ippo_lux.py"), MAPPO, GLOBAL),
+    "norms": (TRAJSEP, Variant("poster_norms", "the poster's norms", "ppo_trajsep_lux.py", "--norm poster")),
     "fig4": (
         TRAJSEP,
         ONE_UNIT_GROUP,

@@ -99,6 +99,13 @@ def test_report_by_hand(tmp_path, monkeypatch, capsys):
         curve(tmp_path / f"cpu/trajsep/seed{seed}.csv", ice, full_from=2)
     for seed, ice in ((1, (1, 1)), (2, (4, 4))):
         curve(tmp_path / f"cpu/ippo/seed{seed}.csv", ice, full_from=9 if seed == 1 else 3)
+    assert report.untrained(tmp_path / "cpu", "ice_transferred") is None
+    (tmp_path / "cpu/untrained").mkdir()
+    for seed, ice in ((1, "1,008.50"), (2, "2.50")):
+        rows = ["model.pt: 3 maps", "| actions | episodic_length | ice_transferred |", "|---|---|---|"]
+        rows += [f"| sampled | 130.00 +- 4.00 | {ice} +- 1.00 |", "| greedy | 1.00 +- 0.00 | 7.00 +- 0.00 |"]
+        (tmp_path / f"cpu/untrained/seed{seed}_eval.txt").write_text("\n".join(rows))
+    assert report.untrained(tmp_path / "cpu", "ice_transferred") == 505.5
     monkeypatch.setattr(sys, "argv", ["report.py", "baselines", "--results", str(tmp_path)])
     report.main()
     text = capsys.readouterr().out
