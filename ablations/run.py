@@ -38,13 +38,31 @@ class Variant:
     paper_ice: str = ""  # the paper's ice transferred, for the tables
 
 
+def ablation(name, label, script, flags, paper_ice=""):
+    return Variant(name, label, f"ablations/trajsep_{script}_lux.py", flags, paper_ice)
+
+
+def samples(keep, count, paper_ice=""):
+    flags = f"--keep {keep} --samples-per-step {count}"
+    return ablation(f"{keep.replace('-', '_')}_{count}", f"{count} by {keep}", "sample_reduction", flags, paper_ice)
+
+
 TRAJSEP = Variant("trajsep", "trajectory separation", "ppo_trajsep_lux.py", "", "44,472 +- 12,065")
 ONE_UNIT_GROUP = Variant("groups_1", "units in 1 group", "ppo_trajsep_lux.py", "--num-groups 1", "3,573 +- 3,753")
-MAPPO = Variant("mappo", "MAPPO", "mappo_lux.py", "", "2,643 +- 3,353")
+MAPPO = Variant("mappo", "MAPPO (global advantage)", "mappo_lux.py", "", "2,643 +- 3,353")
 GLOBAL = Variant("global", "one global trajectory", "ppo_global_lux.py", "", "3,066 +- 2,996")
+GLOBAL_REWARD = ablation(
+    "own_reward_0", "own reward 0% (global reward)", "own_reward", "--own-reward 0", "9,614 +- 8,094"
+)
 FIGURES = {  # the first variant of each is what the others are compared with
     "baselines": (TRAJSEP, Variant("ippo", "IPPO", "ippo_lux.py"), MAPPO, GLOBAL),
     "norms": (TRAJSEP, Variant("poster_norms", "the poster's norms", "ppo_trajsep_lux.py", "--norm poster")),
+    "fig8": (
+        TRAJSEP,
+        ablation("global_critic", "global critic", "global_critic", "", "30,687 +- 9,844"),
+        GLOBAL_REWARD,
+        MAPPO,
+    ),
     "fig4": (
         TRAJSEP,
         ONE_UNIT_GROUP,
@@ -53,6 +71,35 @@ FIGURES = {  # the first variant of each is what the others are compared with
             for n, ice in ((2, "14,388"), (4, "29,459"), (8, "32,049"), (16, "36,847"))
         ],
     ),
+    "fig3": (
+        TRAJSEP,
+        ablation("units_only", "all factories in one", "mixed", "--no-separate-factories", "43,528 +- 11,327"),
+        ONE_UNIT_GROUP,
+        ablation(
+            "two_trajectories",
+            "one for factories, one for units",
+            "mixed",
+            "--no-separate-factories --no-separate-units",
+            "6,162 +- 4,413",
+        ),
+        GLOBAL,
+    ),
+    "fig9": (
+        TRAJSEP,
+        *[
+            ablation(f"own_reward_{share}", f"own reward {share}%", "own_reward", f"--own-reward {share / 100}", ice)
+            for share, ice in ((75, "about 33,800"), (50, "about 24,000"), (25, ""))
+        ],
+        GLOBAL_REWARD,
+    ),
+    "fig6": (
+        TRAJSEP,
+        samples("top-advantage", 1, "38,072"),
+        samples("top-abs-advantage", 1, "33,926"),
+        samples("top-return", 1, "23,156"),
+        samples("random", 1, "2,550"),
+    ),
+    "fig7": (TRAJSEP, *[samples("random", count, "2,550" if count == 1 else "") for count in (1, 2, 4, 8, 16)]),
 }
 
 

@@ -1,0 +1,149 @@
+"""Each ablation's mechanism by hand-computed cases: which cells enter the loss, which reward and value each gets."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+import ppo_trajsep_lux
+from ppo_trajsep_lux import FACTORY, HEAVY, LIGHT, NUM_ACTIONS, NUM_PLANES
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"ablations/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+global_critic, own_reward = load("trajsep_global_critic_lux"), load("trajsep_own_reward_lux")
+mixed, reduction = load("trajsep_mixed_lux"), load("trajsep_sample_reduction_lux")
+
+
+# ---- Fig. 9: the share of the own reward
+
+
+def test_blended_rewards_add_up_to_the_teams():
+    rewards = torch.tensor([[[4.0, 0.0, 2.0, 9.0]], [[-1.0, 3.0, 9.0, 9.0]]])  # 9: of empty slots
+    mask = torch.tensor([[[1, 1, 1, 0]], [[1, 1, 0, 0]]], dtype=torch.bool)
+    half = own_reward.blend_rewards(rewards, mask, 0.5)
+    assert half.tolist() == [[[3.0, 1.0, 2.0, 0.0]], [[0.0, 2.0, 0.0, 0.0]]]  # shares of 2 and of 1
+    assert own_reward.blend_rewards(rewards, mask, 0.0).tolist() == [[[2, 2, 2, 0]], [[1, 1, 0, 0]]]
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        blended = own_reward.blend_rewards(rewards, mask, share)
+        torch.testing.assert_close(blended.sum(-1), (rewards * mask).sum(-1))
+
+
+def test_all_own_is_the_parent_to_the_bit():
+    torch.manual_seed(0)
+    rewards, mask = torch.randn(5, 3, 7) * 1e-3, torch.rand(5, 3, 7) > 0.4
+    assert torch.equal(own_reward.blend_rewards(rewards, mask, 1.0), rewards * mask)
+
+
+def test_correlation_with_the_team():
+    rewards = torch.tensor([[1.0, 5.0], [3.0, 5.0], [2.0, 5.0]])
+    mask = torch.tensor([[1, 0], [1, 0], [1, 0]], dtype=torch.bool)
+    assert own_reward.team_correlation(rewards, torch.tensor([10.0, 30.0, 20.0]), mask) == pytest.approx(1)
+    assert own_reward.team_correlation(rewards, torch.tensor([30.0, 10.0, 20.0]), mask) == pytest.approx(-1)
+    assert own_reward.team_correlation(rewards, torch.tensor([1.0, 1.0, 4.0]), mask) == pytest.approx(0, abs=1e-6)
+
+
+# ---- Fig. 8: the global critic
+
+
+def test_every_cell_has_the_maps_value_and_its_own_reward_and_done():
+    rewards = torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]])
+    dones = torch.tensor([[[0.0, 1.0]], [[0.0, 0.0]]])
+    mask = torch.tensor([[[1, 1]], [[1, 0]]], dtype=torch.bool)
+    values = torch.tensor([10.0, 20.0, 30.0]).reshape(3, 1, 1)
+    group = torch.arange(2).expand(2, 1, 2)
+    cells = global_critic.separate_trajectories(rewards, dones, values, group, mask, torch.ones(2, 1, 2, 8), 2)
+    assert cells.values.tolist() == [[[10, 10]], [[20, 20]]]
+    assert cells.rewards.tolist() == [[[1, 2]], [[3, 0]]] and cells.dones.tolist() == [[[0, 1]], [[0, 0]]]
+    advantages = global_critic.compute_gae(cells, 0.5, 0.5)
+    second = 3 + 0.5 * 30 - 20  # of the first entity, in step 1
+    assert advantages[:, 0, 0].tolist() == [1 + 0.5 * 20 - 10 + 0.25 * second, second]
+    assert advantages[:, 0, 1].tolist() == [2 - 10, 0]  # the second one dies in step 0: no bootstrap
+
+
+def test_the_global_critic_sees_the_whole_map_and_the_actor_is_the_parents():
+    torch.manual_seed(0)
+    obs = {
+        "planes": torch.rand(2, NUM_PLANES, 24, 24),
+        "pixel": torch.tensor([[50, 200, 400]]).repeat(2, 1),
+        "kind": torch.tensor([[LIGHT, HEAVY, FACTORY]], dtype=torch.int8).repeat(2, 1),
+        "action_mask": torch.ones(2, 3, NUM_ACTIONS, dtype=torch.int8),
+    }
+    parent, agent = ppo_trajsep_lux.Agent(8, 1, "none"), global_critic.Agent(8, 1, "none")
+    weights = {k: v for k, v in parent.state_dict().items() if not k.startswith("critic_head")}
+    agent.load_state_dict(weights, strict=False)
+    torch.testing.assert_close(agent.get_distribution(obs).logits, parent.get_distribution(obs).logits)
+    before = agent.get_value(obs)
+    assert before.shape == (2, 1)
+    obs["planes"][:, :, -2:, -2:] += 1
+    assert ((agent.get_value(obs) - before).abs() > 1e-6).all()
+
+
+# ---- Fig. 3: factories and units apart
+
+
+@pytest.mark.parametrize(
+    "units, factories, expected",
+    [
+        (True, True, [0, 1, 2, 3, 4]),
+        (True, False, [0, 1, 2, 3, 3]),
+        (False, True, [0, 0, 0, 1, 2]),
+        (False, False, [0, 0, 0, 1, 1]),
+    ],
+)
+def test_mixed_groups(units, factories, expected):
+    unit_id = torch.tensor([[[17, 4, 9, 0, 1]]])
+    assert mixed.group_index(unit_id, 3, units, factories).tolist() == [[expected]]
+
+
+def test_both_separate_is_the_parent():
+    unit_id = torch.arange(10).reshape(1, 2, 5)
+    assert torch.equal(mixed.group_index(unit_id, 3, True, True), ppo_trajsep_lux.group_index(unit_id, 3, 0))
+    assert torch.equal(mixed.group_index(unit_id, 3, False, True), ppo_trajsep_lux.group_index(unit_id, 3, 1))
+
+
+# ---- Figs. 6 and 7: fewer samples
+
+ADVANTAGES = torch.tensor([[1.0, -5.0, 3.0, 9.0, 2.0], [0.5, -0.1, 0.0, 0.2, 0.1]])
+RETURNS = torch.tensor([[7.0, 1.0, 3.0, 9.0, 8.0], [-1.0, -2.0, -3.0, 0.0, 0.0]])
+CHOICE = torch.tensor([[1, 1, 1, 0, 1], [0, 1, 1, 0, 0]], dtype=torch.bool)  # the 9s have no choice
+
+
+@pytest.mark.parametrize(
+    "keep, count, expected",
+    [
+        ("top-advantage", 1, [[2], [2]]),
+        ("top-advantage", 2, [[2, 4], [1, 2]]),
+        ("top-abs-advantage", 1, [[1], [1]]),
+        ("top-return", 1, [[4], [1]]),
+        ("top-return", 3, [[0, 2, 4], [1, 2]]),
+        ("random", 9, [[0, 1, 2, 4], [1, 2]]),
+    ],
+)
+def test_selected_cells(keep, count, expected):
+    selected = reduction.select_cells(ADVANTAGES, RETURNS, CHOICE, keep, count)
+    assert [row.nonzero().flatten().tolist() for row in selected] == expected
+
+
+def test_random_cells_are_uniform_over_those_with_a_choice():
+    torch.manual_seed(0)
+    shape = (4000, 5)
+    drawn = reduction.select_cells(
+        ADVANTAGES[0].expand(shape), RETURNS[0].expand(shape), CHOICE[0].expand(shape), "random", 2
+    )
+    assert (drawn.sum(-1) == 2).all() and drawn[:, 3].sum() == 0
+    share = drawn.float().mean(0)[[0, 1, 2, 4]]
+    assert ((share - 0.5).abs() < 0.05).all()  # 2 of 4; the standard error is 0.008
+
+
+def test_a_step_without_choices_selects_nothing():
+    none = reduction.select_cells(ADVANTAGES, RETURNS, torch.zeros_like(CHOICE), "top-advantage", 2)
+    assert not none.any()
