@@ -48,7 +48,10 @@ def samples(keep, count, paper_ice=""):
 
 
 TRAJSEP = Variant("trajsep", "trajectory separation", "ppo_trajsep_lux.py", "", "44,472 +- 12,065")
-ONE_UNIT_GROUP = Variant("groups_1", "units in 1 group", "ppo_trajsep_lux.py", "--num-groups 1", "3,573 +- 3,753")
+MODULO = {
+    n: Variant(f"groups_{n}", f"units by id modulo {n}", "ppo_trajsep_lux.py", f"--num-groups {n}", ice)
+    for n, ice in ((1, "3,573 +- 3,753"), (2, "14,388"), (4, "29,459"), (8, "32,049"), (16, "36,847"))
+}
 MAPPO = Variant("mappo", "MAPPO (global advantage)", "mappo_lux.py", "", "2,643 +- 3,353")
 GLOBAL = Variant("global", "one global trajectory", "ppo_global_lux.py", "", "3,066 +- 2,996")
 GLOBAL_REWARD = ablation(
@@ -65,16 +68,12 @@ FIGURES = {  # the first variant of each is what the others are compared with
     ),
     "fig4": (
         TRAJSEP,
-        ONE_UNIT_GROUP,
-        *[
-            Variant(f"groups_{n}", f"units in {n} groups", "ppo_trajsep_lux.py", f"--num-groups {n}", ice)
-            for n, ice in ((2, "14,388"), (4, "29,459"), (8, "32,049"), (16, "36,847"))
-        ],
+        *MODULO.values(),
     ),
     "fig3": (
         TRAJSEP,
         ablation("units_only", "all factories in one", "mixed", "--no-separate-factories", "43,528 +- 11,327"),
-        ONE_UNIT_GROUP,
+        MODULO[1],
         ablation(
             "two_trajectories",
             "one for factories, one for units",
@@ -91,6 +90,14 @@ FIGURES = {  # the first variant of each is what the others are compared with
             for share, ice in ((75, "about 33,800"), (50, "about 24,000"), (25, ""))
         ],
         GLOBAL_REWARD,
+    ),
+    "fig5": (
+        TRAJSEP,
+        *[
+            ablation(name.replace("-", "_"), f"units by {name}", "grouping", f"--grouping {name}", ice)
+            for name, ice in (("quadrant", "22,385"), ("closest-factory", "27,009"), ("closest-heavy", "35,224"))
+        ],
+        *[MODULO[n] for n in (4, 8)],
     ),
     "fig6": (
         TRAJSEP,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ppo_trajsep_lux
-from ppo_trajsep_lux import FACTORY, HEAVY, LIGHT, NUM_ACTIONS, NUM_PLANES
+from ppo_trajsep_lux import EMPTY, FACTORY, HEAVY, LIGHT, NUM_ACTIONS, NUM_PLANES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -20,6 +20,7 @@ def load(name):
 
 
 global_critic, own_reward = load("trajsep_global_critic_lux"), load("trajsep_own_reward_lux")
+grouping = load("trajsep_grouping_lux")
 mixed, reduction = load("trajsep_mixed_lux"), load("trajsep_sample_reduction_lux")
 
 
@@ -108,6 +109,68 @@ def test_both_separate_is_the_parent():
     unit_id = torch.arange(10).reshape(1, 2, 5)
     assert torch.equal(mixed.group_index(unit_id, 3, True, True), ppo_trajsep_lux.group_index(unit_id, 3, 0))
     assert torch.equal(mixed.group_index(unit_id, 3, False, True), ppo_trajsep_lux.group_index(unit_id, 3, 1))
+
+
+# ---- Fig. 5: groups that units join and leave
+
+
+def places(*tiles, size=24):
+    """Tile numbers (1, K) of (x, y) pairs; None for an empty slot."""
+    return torch.tensor([[0 if tile is None else tile[0] * size + tile[1] for tile in tiles]])
+
+
+def groups(rule, tile, *kinds):
+    return grouping.group_index(tile, torch.tensor([kinds], dtype=torch.int8), 24, len(kinds) - 2, rule)[0].tolist()
+
+
+def test_units_by_quadrant():
+    tile = places((0, 0), (11, 12), (12, 11), (23, 23), (5, 5), (20, 20))  # four units, two factories
+    assert groups("quadrant", tile, LIGHT, HEAVY, LIGHT, LIGHT, FACTORY, FACTORY) == [0, 1, 2, 3, 4, 5]
+
+
+def test_units_by_closest_factory():
+    tile = places((0, 0), (11, 12), (14, 20), (5, 5), (20, 20))
+    assert groups("closest-factory", tile, LIGHT, HEAVY, LIGHT, FACTORY, FACTORY) == [0, 0, 1, 2, 3]
+    tile = places((0, 0), (11, 12), (14, 20), None, (20, 20))  # a factory that is lost draws nobody
+    assert groups("closest-factory", tile, LIGHT, HEAVY, LIGHT, EMPTY, FACTORY)[:3] == [1, 1, 1]
+
+
+def test_units_by_closest_heavy():
+    tile = places((0, 0), (11, 12), (20, 20), (19, 20), (5, 5), (20, 20))
+    assert groups("closest-heavy", tile, LIGHT, HEAVY, HEAVY, LIGHT, FACTORY, FACTORY) == [1, 1, 2, 2, 4, 5]
+    assert groups("closest-heavy", tile, LIGHT, LIGHT, LIGHT, LIGHT, FACTORY, FACTORY) == [0, 0, 0, 0, 4, 5]
+
+
+def test_the_bootstrap_is_of_the_steps_members_wherever_they_belong_next():
+    """Two units in group 0; one of them moves to group 1 in step 1, from which on it counts there."""
+    group = torch.tensor([[[0, 0]], [[0, 1]]])
+    rewards, dones = torch.tensor([[[1.0, 2.0]], [[4.0, 8.0]]]), torch.zeros(2, 1, 2)
+    values = torch.tensor([[[10.0, 20.0]], [[30.0, 40.0]], [[50.0, 60.0]]])
+    mask, actions = torch.ones(2, 1, 2, dtype=torch.bool), torch.ones(2, 1, 2, NUM_ACTIONS)
+    cells = grouping.separate_trajectories(rewards, dones, values, group, mask, actions, 2)
+    assert cells.rewards.tolist() == [[[3, 0]], [[4, 8]]]
+    assert cells.values.tolist() == [[[30, 0]], [[30, 40]]]
+    assert cells.next_values.tolist() == [
+        [[70, 0]],
+        [[50, 60]],
+    ]  # 30 + 40: both members, one of them in group 1 by then
+    advantages = grouping.compute_gae(cells, 0.5, 0.5)
+    last = 4 + 0.5 * 50 - 30
+    assert advantages[:, 0, 0].tolist() == [3 + 0.5 * 70 - 30 + 0.25 * last, last]
+    assert advantages[:, 0, 1].tolist() == [0, 8 + 0.5 * 60 - 40]
+
+
+def test_groups_do_not_turn_with_the_observation():
+    """The environment gives positions before the turn; the turned ones are what the network sees."""
+    env = grouping.LuxEnv(grouping.Args(map_size=24, factories_per_team=1, max_units=16))
+    obs, _ = env.reset(seed=0)
+    x, y = env.views[0].factory_pos[0]
+    turned = set()
+    for _ in range(20):
+        assert divmod(int(obs["tile"][0, 16]), 24) == (x, y)
+        turned.add(int(obs["pixel"][0, 16]))
+        obs = env.step(env.action_space.sample() * 0)[0]
+    assert len(turned) > 3
 
 
 # ---- Figs. 6 and 7: fewer samples

@@ -1,0 +1,1429 @@
+"""Trajectory separation with groups that units join and leave on Lux AI Season 2 (Fig. 5), in one file.
+
+`--grouping` puts units into one group by the quadrant of the map that they are in, by their closest
+own factory, or by their closest own heavy (without a heavy, all in one group). The trajectory
+follows the group: at each step its reward, value and log-probability are the sums over those who
+are in it then, and the bootstrap is the value of the same members at their new pixels, wherever
+they belong by then. Factories keep one trajectory each. `ppo_trajsep_lux.py` is the parent; lines
+that say "Differs" or "Added" mark what is not the same.
+
+GPU, the paper's setting:   python ablations/trajsep_grouping_lux.py --grouping quadrant
+CPU, a run of minutes:      python ablations/trajsep_grouping_lux.py --grouping quadrant --map-size 32 \
+                                --factories-per-team 2 --max-units 30 --channels 24 --total-timesteps 24576
+"""
+
+# Parent: ppo_trajsep_lux.py
+# Removed from ppo_trajsep_lux: Args.num_groups
+
+import csv
+import json
+import os
+import random
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torch.optim as optim
+import tyro
+from luxai_s2.config import EnvConfig
+from luxai_s2.env import LuxAI_S2
+from luxai_s2.factory import Factory
+from luxai_s2.map.position import Position
+from luxai_s2.state import State
+from scipy.ndimage import distance_transform_cdt, gaussian_filter, label
+from torch.distributions.categorical import Categorical
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+# ==============================================================================================
+# Settings
+# ==============================================================================================
+
+
+@dataclass
+class Args:
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]
+    """the name of this experiment"""
+    run_name: str = ""
+    """folder under runs/ for this run's files (default: exp_name, seed and time)"""
+    seed: int = 1
+    """seed of the run: weights, sampling and training maps"""
+    torch_deterministic: bool = True
+    """if toggled, `torch.backends.cudnn.deterministic=True`"""
+    cuda: bool = True
+    """if toggled, the GPU is used where there is one"""
+    bf16: bool = False
+    """if toggled, the convolutions run under bfloat16 autocast"""
+    track: bool = False
+    """if toggled, this experiment will be tracked with Weights and Biases"""
+    wandb_project_name: str = "trajsep-lux"
+    """the wandb project's name"""
+    wandb_entity: str | None = None
+    """the entity (team) of the wandb project"""
+    save_model: bool = True
+    """whether to save weights and settings to runs/<run_name>/model.pt at the end"""
+    evaluate: str | None = None
+    """play a saved model.pt instead of training; its settings become the defaults of all other flags"""
+    eval_episodes: int = 16
+    """how many evaluation maps `--evaluate` plays, once sampling actions and once greedily"""
+
+    # The Lux environment
+    map_size: int = 48
+    """width and height of the map in tiles, 24 to 64"""
+    factories_per_team: int = 4
+    """factories that each team places, 1 to 10"""
+    max_units: int = 60
+    """unit slots per team; building is masked while none is free (15 per factory hold all that its metal builds)"""
+    opponent: Literal["idle", "self"] = "idle"
+    """who plays the other side: nobody (its factories never starve), or the same policy"""
+    augment: bool = True
+    """show each observation in a random one of the square's eight symmetries"""
+    reward_ice_dug: float = 0.001
+    """to a unit, per ice it digs"""
+    reward_ice_delivered: float = 0.0005
+    """to a unit, per ice it transfers into an own factory"""
+    reward_ice_received: float = 0.0005
+    """to a factory, per ice that units transfer into it"""
+    reward_rubble_cleared: float = 0.001
+    """to a unit, per rubble it digs off a tile with ice"""
+    reward_factory_alive: float = 0.001
+    """to a factory, per step it survives"""
+    reward_unit_lost: float = -0.1
+    """to a unit, when it is destroyed"""
+    reward_factory_lost: float = -1.0
+    """to a factory, when it runs out of water"""
+
+    # Added to ppo_trajsep_lux: the grouping
+    grouping: Literal["quadrant", "closest-factory", "closest-heavy"] = "quadrant"
+    """what units share a trajectory by"""
+
+    # The network
+    channels: int = 56
+    """width of every convolution"""
+    num_blocks: int = 1
+    """residual blocks in the actor and in the critic"""
+    norm: Literal["none", "spectral", "poster"] = "none"
+    """none; spectral norm of all convolutions; or the poster's: spectral norm and batch norm"""
+
+    # PPO
+    total_timesteps: int = 102400
+    """environment steps of the run, all environments together"""
+    learning_rate: float = 1e-3
+    """the learning rate of the optimizer"""
+    num_envs: int = 8
+    """environments that step in parallel, a process each"""
+    num_steps: int = 64
+    """steps per environment in each rollout"""
+    anneal_lr: bool = True
+    """toggle learning rate annealing"""
+    gamma: float = 0.99
+    """the discount factor gamma"""
+    gae_lambda: float = 0.95
+    """the lambda of the general advantage estimation"""
+    num_minibatches: int = 8
+    """minibatches per epoch; a minibatch is a set of maps with all their trajectories"""
+    update_epochs: int = 3
+    """the K epochs to update the policy"""
+    norm_adv: bool = True
+    """toggle advantage normalization, over the cells of the policy loss in each minibatch"""
+    clip_coef: float = 0.2
+    """the surrogate clipping coefficient"""
+    clip_vloss: bool = True
+    """toggle a clipped loss for the value function"""
+    ent_coef: float = 0.02
+    """coefficient of the entropy"""
+    anneal_ent: bool = True
+    """toggle entropy coefficient annealing, as that of the learning rate"""
+    vf_coef: float = 0.5
+    """coefficient of the value function"""
+    max_grad_norm: float = 0.5
+    """the maximum norm for the gradient clipping"""
+    target_kl: float | None = None
+    """the target KL divergence threshold"""
+
+    # To be filled in at run time
+    batch_size: tyro.conf.Suppress[int] = 0
+    """maps per rollout"""
+    minibatch_size: tyro.conf.Suppress[int] = 0
+    """maps per minibatch"""
+    num_iterations: tyro.conf.Suppress[int] = 0
+    """the number of iterations"""
+
+
+# Differs from ppo_trajsep_lux: no --num-groups
+RANGES = {  # what each number may be, ends included
+    name: (low, high)
+    for names, low, high in (
+        ("num_steps num_minibatches update_epochs total_timesteps", 1, 10**9),
+        ("max_units num_envs", 1, 1000),
+        ("num_blocks", 0, 1000),
+        ("channels", 4, 4096),  # squeeze-and-excitation keeps a quarter of them
+        ("seed", 0, 2**32 - 1),
+        ("learning_rate clip_coef max_grad_norm target_kl", 1e-12, 10**6),
+        ("ent_coef vf_coef", 0, 100),
+        ("gamma gae_lambda", 0, 1),
+        ("map_size", 24, 64),
+        ("factories_per_team", 1, 10),
+        ("eval_episodes", 1, 100_000),
+    )
+    for name in names.split()
+}
+
+
+def check_args(args):
+    """Fill in the run-time fields of `args`; ValueError with one sentence on a flag out of range."""
+    for name, (low, high) in RANGES.items():
+        value, flag = getattr(args, name), "--" + name.replace("_", "-")
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"{flag} must be between {low} and {high}, got {value}.")
+    steps = args.num_envs * args.num_steps
+    args.batch_size = steps * (2 if args.opponent == "self" else 1)
+    args.minibatch_size = args.batch_size // args.num_minibatches
+    args.num_iterations = args.total_timesteps // steps
+    if args.batch_size % args.num_minibatches:
+        raise ValueError(
+            f"--num-minibatches must divide the rollout's {args.batch_size} maps, got {args.num_minibatches}."
+        )
+    if args.num_iterations < 1:
+        raise ValueError(f"--total-timesteps must hold one rollout of {steps} steps, got {args.total_timesteps}.")
+
+
+# ==============================================================================================
+# The Lux environment
+# ==============================================================================================
+
+EPISODE_STEPS = 1000
+NUM_PLANES = 18
+NUM_EVAL_MAPS = 100_000  # map seeds below this are for evaluation; training draws above
+MAX_MAP_DRAWS = 100
+CYCLE_LENGTH = 50  # steps of a day and a night
+EPISODE_STATS = (
+    *("episodic_return", "episodic_length", "ice_transferred", "ice_dug", "factories_alive"),
+    *("factory_count", "units_built", "units_lost", "friendly_losses"),
+)
+PLAYERS = ("player_0", "player_1")
+
+EMPTY, LIGHT, HEAVY, FACTORY = range(4)  # kind of entity in a slot
+NO_OP, UP, RIGHT, DOWN, LEFT, DIG, DELIVER, PICK_UP = range(8)  # unit actions
+BUILD_LIGHT, BUILD_HEAVY, WATER = 1, 2, 3  # factory actions, beside NO_OP
+NUM_ACTIONS = 8
+DELTAS = np.array([[0, 0], [0, -1], [1, 0], [0, 1], [-1, 0]])  # stay, up, right, down, left
+RING = np.array(  # from a factory's centre to the 12 tiles that touch it, where lichen starts
+    [(d, side) for d in (-1, 0, 1) for side in (-2, 2)] + [(side, d) for d in (-1, 0, 1) for side in (-2, 2)]
+)
+CROSS = np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]])  # a tile and those beside it
+ENGINE_TYPE = np.array([0, 0, 0, 0, 0, 3, 1, 2])  # the engine's number for each unit action
+ICE, POWER = 0, 4  # the engine's numbers of resources
+
+ROBOTS = EnvConfig().ROBOTS
+
+
+def _by_kind(field):
+    return np.array([0, getattr(ROBOTS["LIGHT"], field), getattr(ROBOTS["HEAVY"], field)])
+
+
+METAL_COST, POWER_COST = _by_kind("METAL_COST"), _by_kind("POWER_COST")
+CARGO_SPACE, BATTERY_CAPACITY = _by_kind("CARGO_SPACE"), _by_kind("BATTERY_CAPACITY")
+MOVE_COST, RUBBLE_MOVEMENT_COST = _by_kind("MOVE_COST"), _by_kind("RUBBLE_MOVEMENT_COST")
+DIG_COST, QUEUE_COST = _by_kind("DIG_COST"), _by_kind("ACTION_QUEUE_POWER_COST")
+
+
+class MapError(RuntimeError):
+    """No map could be drawn that has ice and room for all factories."""
+
+
+# ---- the engine: stock luxai_s2 without the work that a trainer does not need
+
+
+def beside(tiles):
+    """The tiles that touch one of `tiles`: bool (map_size, map_size)."""
+    out = np.zeros_like(tiles)
+    out[1:] |= tiles[:-1]
+    out[:-1] |= tiles[1:]
+    out[:, 1:] |= tiles[:, :-1]
+    out[:, :-1] |= tiles[:, 1:]
+    return out
+
+
+class Ground:
+    """The map as it was in the middle of a step, and where lichen would grow on it.
+
+    `owner` is the factory under a tile or whose lichen is on it, -1 for nobody; `connected` tells
+    which lichen reaches its own factory, for all factories at once.
+    """
+
+    def __init__(self, state, min_lichen_to_spread):
+        board, strains = state.board, state.board.lichen_strains
+        self.forbidden = (board.rubble > 0) | (board.factory_occupancy_map != -1) | (board.ice > 0) | (board.ore > 0)
+        self.owner = np.where(board.factory_occupancy_map != -1, board.factory_occupancy_map, strains)
+        self.empty, self.rich = (strains == -1) & ~self.forbidden, board.lichen >= min_lichen_to_spread
+        self.connected, lichen = np.zeros_like(self.forbidden), (strains != -1) & ~self.forbidden
+        if lichen.any():
+            factories = [factory for team in state.factories.values() for factory in team.values()]
+            # lichen of several factories that touches must not be labelled as one
+            touching = any(
+                ((one != other) & (one != -1) & (other != -1)).any()
+                for one, other in ((strains[1:], strains[:-1]), (strains[:, 1:], strains[:, :-1]))
+            )
+            for mask in [lichen & (strains == f.num_id) for f in factories] if touching else [lichen]:
+                labels, n = label(mask, CROSS)
+                hit = np.zeros(n + 1, dtype=bool)
+                for factory in factories:
+                    x, y = factory.ring
+                    hit[labels[x, y][strains[x, y] == factory.num_id]] = True
+                hit[0] = False
+                self.connected |= hit[labels]
+
+    def grows(self, factory):
+        """The tiles that grow if the factory waters: list of (x, y)."""
+        own = self.connected & (self.owner == factory.num_id)
+        reached = own.copy()
+        reached[factory.ring] |= ~self.forbidden[factory.ring]
+        reached |= beside(reached & self.rich) & self.empty
+        foreign = (self.owner != -1) & (self.owner != factory.num_id)
+        reached &= own | ~beside(foreign)
+        return list(zip(*(axis.tolist() for axis in reached.nonzero()), strict=True))
+
+
+class LazyFactory(Factory):
+    """Asks where its lichen grows only when that matters: where lichen is, or water is being spent.
+
+    The stock engine floods the map from every factory in every step. It judges the cost of watering
+    by the step before, so the map of that step has to be kept.
+    """
+
+    ground, found = None, ()
+
+    def cache_water_info(self, board, env_cfg):
+        self.ground, self.found = board.ground, None
+
+    @property
+    def grow_lichen_positions(self):
+        if self.found is None:
+            self.found = self.ground.grows(self)
+        return self.found
+
+    @property
+    def connected_lichen_positions(self):  # the engine only counts them
+        ground = self.ground
+        return ground.owner[ground.connected & (ground.owner == self.num_id)] if ground.connected.any() else ()
+
+
+class LiveState(State):
+    """Fills the observation dictionary with live references; of an action queue, only with its head."""
+
+    def get_obs(self):
+        layers = ("rubble", "ore", "ice", "lichen", "lichen_strains", "valid_spawns_mask", "factories_per_team")
+        return {
+            "units": {
+                player: {unit_id: self.live_unit(unit) for unit_id, unit in units.items()}
+                for player, units in self.units.items()
+            },
+            "teams": self.generate_team_data(self.teams),
+            "factories": self.generate_factory_data(self.factories),
+            "board": {layer: getattr(self.board, layer) for layer in layers},
+            "real_env_steps": self.real_env_steps,
+            "global_id": self.global_id,
+        }
+
+    def live_unit(self, unit):
+        return {
+            "unit_id": unit.unit_id,
+            "team_id": unit.team_id,
+            "unit_type": unit.unit_type._name_,
+            "pos": (unit.pos.x, unit.pos.y),
+            "power": unit.power,
+            "cargo": unit.cargo.__dict__,
+            "action_queue": [action.state_dict() for action in unit.action_queue[:1]],
+        }
+
+
+class FastPosition(Position):
+    """Python's integers, because numpy's are slow one by one."""
+
+    x = y = None
+    pos = property(lambda self: np.array((self.x, self.y)))
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def __add__(self, delta):
+        dx, dy = delta.tolist()
+        return FastPosition(self.x + dx, self.y + dy)
+
+
+class FastLux(LuxAI_S2):
+    """The engine: the same state after every step, faster, with meters on digging and delivering.
+
+    The meters note for every step which unit dug, cleared and delivered how much. Comparing cargo
+    before and after a step would mislead: a unit that is destroyed in the move phase may still have
+    delivered, and factories refine ice in the step in which they receive it.
+    """
+
+    def __init__(self, **config):
+        super().__init__(validate_action_space=False, verbose=0, **config)
+
+    def reset(self, seed=None, options=None):
+        result = super().reset(seed, options)
+        self.state.__class__ = LiveState
+        self.built = dict.fromkeys(PLAYERS, 0)  # units, so far
+        return result
+
+    def step(self, actions):
+        names = ("ice_dug", "ice_delivered", "ice_received", "rubble_cleared")
+        self.meters = {name: defaultdict(int) for name in names}  # by entity id
+        self.destroyed = []  # (player, tile) of the units that died
+        return super().step(actions)
+
+    def add_factory(self, team, pos):
+        factory = super().add_factory(team, pos)
+        if factory is not None:
+            factory.__class__ = LazyFactory
+            ring = factory.pos.pos + RING
+            factory.ring = tuple(ring[((ring >= 0) & (ring < self.env_cfg.map_size)).all(1)].T)
+        return factory
+
+    def _handle_recharge_actions(self, actions_by_type):  # the last thing before the engine looks for lichen
+        super()._handle_recharge_actions(actions_by_type)
+        self.state.board.ground = Ground(self.state, self.env_cfg.MIN_LICHEN_TO_SPREAD)
+
+    def _handle_dig_actions(self, actions_by_type):
+        rubble, diggers = self.state.board.rubble, [unit for unit, _ in actions_by_type["dig"]]
+        before = [(unit.cargo.ice, rubble[tuple(unit.pos.pos)]) for unit in diggers]
+        super()._handle_dig_actions(actions_by_type)
+        for unit, (ice_before, rubble_before) in zip(diggers, before, strict=True):
+            tile = tuple(unit.pos.pos)
+            self.meters["ice_dug"][unit.unit_id] = unit.cargo.ice - ice_before
+            if self.state.board.ice[tile]:
+                self.meters["rubble_cleared"][unit.unit_id] = rubble_before - rubble[tile]
+
+    def _handle_transfer_actions(self, actions_by_type):
+        for unit, transfer in actions_by_type["transfer"]:
+            tile = tuple(unit.pos.pos + DELTAS[transfer.transfer_dir])
+            factory_id = f"factory_{self.state.board.factory_occupancy_map[tile]}"
+            if transfer.resource == ICE and factory_id in self.state.factories[unit.team.agent]:
+                amount = min(unit.cargo.ice, max(transfer.transfer_amount, 0))
+                self.meters["ice_delivered"][unit.unit_id] = amount
+                self.meters["ice_received"][factory_id] += amount
+        super()._handle_transfer_actions(actions_by_type)
+
+    def add_unit(self, team, unit_type, pos):
+        self.built[team.agent] += 1
+        unit = super().add_unit(team, unit_type, pos)
+        unit.pos = FastPosition(*pos.tolist())
+        return unit
+
+    def destroy_unit(self, unit):
+        self.destroyed.append((unit.team.agent, tuple(unit.pos.pos)))
+        super().destroy_unit(unit)
+
+
+# ---- placement
+
+
+def placement_score(obs, player):
+    """How good each tile is as a factory's centre: float (map_size, map_size), higher is better.
+
+    A sum of Gaussian filters (poster; the terms are ours), each scaled so that one tile counts its
+    weight at distance 0: ice with little rubble on it at the factory's edge, or else not far off;
+    ground without rubble; own factories, which would share the ice, count against it.
+    """
+    board = obs["board"]
+    clear = 1 - board["rubble"] / 100
+    ice = board["ice"] * (0.3 + 0.7 * clear)
+    own = np.zeros(clear.shape)
+    for factory in obs["factories"].get(player, {}).values():
+        own[tuple(factory["pos"])] = 1
+    filters = ((ice, 1.5, 1.0), (ice, 6.0, 0.2), (clear, 3.0, 0.01), (own, 4.0, -0.5))  # of what, width, weight
+    return sum(
+        weight * 2 * np.pi * sigma**2 * gaussian_filter(layer, sigma, mode="constant")
+        for layer, sigma, weight in filters
+    )
+
+
+# ---- observation
+
+
+class View:
+    """One player's n units and f factories, read off the observation that the engine hands to players.
+
+    `ids` holds the entity id of every slot, None where empty: `max_units` units, then factories.
+    `previous` is the player's View one step earlier.
+    """
+
+    def __init__(self, obs, player, ids, max_units, previous=None):
+        self.player, self.enemy = player, PLAYERS[player == PLAYERS[0]]
+        self.obs, self.board, self.ids, self.max_units = obs, obs["board"], ids, max_units
+        self.size = len(self.board["rubble"])
+
+        rows = []
+        for slot, unit_id in enumerate(ids[:max_units]):
+            if unit_id is not None:
+                unit = obs["units"][player][unit_id]
+                kind = LIGHT if unit["unit_type"] == "LIGHT" else HEAVY
+                repeated = self.repeated_action(unit["action_queue"])
+                rows.append((slot, kind, *unit["pos"], unit["power"], unit["cargo"]["ice"], repeated))
+        rows = np.array(rows, dtype=np.int64).reshape(-1, 7)  # (n, 7)
+        self.slot, self.kind, self.power, self.ice, self.queued = rows[:, [0, 1, 4, 5, 6]].T  # each (n,)
+        self.pos = rows[:, 2:4]  # (n, 2)
+
+        strains = np.bincount(self.board["lichen_strains"].ravel() + 1, minlength=obs["global_id"] + 1)
+        rows = []
+        for slot, factory_id in enumerate(ids[max_units:], start=max_units):
+            if factory_id is not None:
+                factory = obs["factories"][player][factory_id]
+                strain, cargo = factory["strain_id"], factory["cargo"]
+                stock = (factory["power"], cargo["water"], cargo["metal"], cargo["ice"])
+                rows.append((slot, strain, strains[strain + 1], *factory["pos"], *stock))
+        rows = np.array(rows, dtype=np.int64).reshape(-1, 9)  # (f, 9)
+        self.factory_slot, self.strain, self.lichen_tiles = rows[:, :3].T  # each (f,)
+        self.factory_pos, self.factory_stock = rows[:, 3:5], rows[:, 5:]  # (f, 2), (f, 4)
+        self.lichen_before = self.lichen_tiles
+        if previous is not None:  # factories can only have become fewer
+            self.lichen_before = previous.lichen_tiles[np.isin(previous.factory_slot, self.factory_slot)]
+
+        self.own_tiles, self.enemy_tiles = self.factory_tiles(player), self.factory_tiles(self.enemy)
+        own_strain = np.zeros(obs["global_id"] + 1, dtype=bool)
+        own_strain[np.array(obs["teams"][player]["factory_strains"]) + 1] = True
+        self.own_lichen = own_strain[self.board["lichen_strains"] + 1]
+        around = self.pos[:, None] + DELTAS
+        x, y = np.clip(around, 0, self.size - 1).transpose(2, 0, 1)
+        # whether an own factory is under (0), above, right, below or left of each unit: bool (n, 5)
+        self.touching = self.own_tiles[x, y] & (around == np.stack((x, y), -1)).all(-1)
+
+    def repeated_action(self, queue):
+        """The action that a unit's queue repeats: a move, DIG, NO_OP for an empty queue, else -1."""
+        if len(queue) == 0:
+            return NO_OP
+        kind, direction = queue[0][:2]
+        return direction or -1 if kind == ENGINE_TYPE[UP] else DIG if kind == ENGINE_TYPE[DIG] else -1
+
+    def factory_tiles(self, player):
+        """The tiles under a player's factories: bool (map_size, map_size)."""
+        tiles = np.zeros((self.size, self.size), dtype=bool)
+        for factory in self.obs["factories"][player].values():
+            x, y = factory["pos"]
+            tiles[x - 1 : x + 2, y - 1 : y + 2] = True
+        return tiles
+
+    def move_costs(self, units, tiles):
+        """Power for `units` (m,) to enter `tiles` (m, k, 2), a huge number where the engine forbids it."""
+        x, y = np.clip(tiles, 0, self.size - 1).transpose(2, 0, 1)
+        kind = self.kind[units, None]
+        cost = np.floor(MOVE_COST[kind] + RUBBLE_MOVEMENT_COST[kind] * self.board["rubble"][x, y]).astype(np.int64)
+        forbidden = ((tiles < 0) | (tiles >= self.size)).any(-1) | self.enemy_tiles[x, y]
+        return np.where(forbidden, 10**6, cost)
+
+    def reach(self, unit, direction, power):
+        """How many steps in `direction` the power of a unit lasts."""
+        (x, y), (dx, dy), kind, steps = self.pos[unit].tolist(), DELTAS[direction].tolist(), self.kind[unit], 0
+        while True:
+            x, y = x + dx, y + dy
+            if not (0 <= x < self.size and 0 <= y < self.size) or self.enemy_tiles[x, y]:
+                return steps
+            power -= int(MOVE_COST[kind] + RUBBLE_MOVEMENT_COST[kind] * self.board["rubble"][x, y])
+            if power < 0:
+                return steps
+            steps += 1
+
+    def can_grow(self):
+        """Whether lichen can grow next to each factory: bool (f,)."""
+        x, y = np.clip(self.factory_pos[:, None] + RING, 0, self.size - 1).transpose(2, 0, 1)  # (f, 12)
+        board, strain = self.board, self.strain[:, None]
+        bare = (board["rubble"] == 0) & (board["ice"] == 0) & (board["ore"] == 0) & ~self.own_tiles & ~self.enemy_tiles
+        beside = np.clip(np.stack((x, y), -1)[:, :, None] + DELTAS[1:], 0, self.size - 1)  # (f, 12, 4, 2)
+        neighbours = board["lichen_strains"][beside[..., 0], beside[..., 1]]
+        foreign = ((neighbours != -1) & (neighbours != strain[..., None])).any(-1)
+        return (bare[x, y] & (~foreign | (board["lichen_strains"][x, y] == strain))).any(1)
+
+    def water_bound(self):
+        """An upper bound of what it costs each factory to water its lichen: (f,).
+
+        Lichen can grow on the 12 tiles around a factory, on the factory's lichen and beside that.
+        The engine checks this step's cost and, by an oversight, that of the step before as well.
+        """
+        return np.ceil((len(RING) + 5 * np.maximum(self.lichen_tiles, self.lichen_before)) / 10)
+
+
+def make_planes(view):
+    """The map as the network sees it: float16 (18, map_size, map_size), scaled to about [0, 1].
+
+    0 rubble, 1 ice, 2 steps to the nearest own factory (in tens), 3 own lichen, 4 enemy lichen,
+    5 own factory, 6 enemy factory, 7-10 power, water, metal and ice of own factories (on their nine
+    tiles), 11 own light unit, 12 own heavy unit, 13 enemy unit (light 0.5, heavy 1), 14 own unit's
+    power, 15 own unit's ice, 16 time of day, 17 time of the episode. Power enters as a square root,
+    because what matters is how many more actions the last of it pays for. No plane holds a team
+    total, which would leak the whole map into a local critic.
+    """
+    board, clock = view.board, view.obs["real_env_steps"]
+    planes = np.zeros((NUM_PLANES, view.size, view.size), dtype=np.float32)
+    planes[0] = board["rubble"] / 100
+    planes[1] = board["ice"]
+    steps_home = distance_transform_cdt(~view.own_tiles, metric="taxicab") if view.own_tiles.any() else view.size
+    planes[2] = np.minimum(steps_home / 10, 2)
+    planes[3], planes[4] = board["lichen"] * view.own_lichen / 100, board["lichen"] * ~view.own_lichen / 100
+    planes[5], planes[6] = view.own_tiles, view.enemy_tiles
+    stock = np.minimum(view.factory_stock / (3000, 300, 150, 1000), 2)  # power, water, metal, ice
+    stock[:, 0] = np.sqrt(stock[:, 0])
+    for (x, y), values in zip(view.factory_pos, stock, strict=True):
+        planes[7:11, x - 1 : x + 2, y - 1 : y + 2] = values[:, None, None]
+    x, y = view.pos.T
+    planes[10 + view.kind, x, y] = 1
+    for unit in view.obs["units"][view.enemy].values():
+        planes[13][tuple(unit["pos"])] = 0.5 if unit["unit_type"] == "LIGHT" else 1
+    planes[14, x, y] = np.sqrt(view.power / BATTERY_CAPACITY[view.kind])
+    planes[15, x, y] = view.ice / CARGO_SPACE[view.kind]
+    planes[16], planes[17] = clock % CYCLE_LENGTH / CYCLE_LENGTH, clock / EPISODE_STEPS
+    return planes.astype(np.float16)
+
+
+# ---- masks
+
+
+def action_masks(view):
+    """Which actions the engine would carry out and make sense: bool (num_slots, NUM_ACTIONS).
+
+    A unit that goes on with what its queue repeats pays no power for the queue; any other action
+    needs the power of the queue update on top. NO_OP is always legal, also in empty slots.
+    """
+    board, kind, (x, y) = view.board, view.kind, view.pos.T
+    update = np.where(np.arange(NUM_ACTIONS) == view.queued[:, None], 0, QUEUE_COST[kind, None])
+    left = view.power[:, None] - update  # (n, NUM_ACTIONS) power left for the action itself
+    legal = np.zeros((len(kind), NUM_ACTIONS), dtype=bool)
+    costs = view.move_costs(np.arange(len(kind)), view.pos[:, None] + DELTAS[1:])
+    legal[:, UP : LEFT + 1] = left[:, UP : LEFT + 1] >= costs
+    on_factory = view.own_tiles[x, y]
+    obstacle = (board["rubble"][x, y] > 0) | ((board["lichen"][x, y] > 0) & ~view.own_lichen[x, y])
+    ice_fits = (board["ice"][x, y] > 0) & (view.ice < CARGO_SPACE[kind])
+    legal[:, DIG] = (obstacle | ice_fits) & ~on_factory & (left[:, DIG] >= DIG_COST[kind])
+    legal[:, DELIVER] = view.touching.any(-1) & (view.ice > 0) & (left[:, DELIVER] >= 0)
+    power_here = np.zeros((view.size, view.size), dtype=np.int64)
+    for (cx, cy), (power, *_) in zip(view.factory_pos, view.factory_stock, strict=True):
+        power_here[cx - 1 : cx + 2, cy - 1 : cy + 2] = power
+    hungry = (view.power < BATTERY_CAPACITY[kind]) & (power_here[x, y] > 0)
+    legal[:, PICK_UP] = on_factory & hungry & (left[:, PICK_UP] >= 0)
+
+    mask = np.zeros((len(view.ids), NUM_ACTIONS), dtype=bool)
+    mask[view.slot] = legal
+    mask[:, NO_OP] = True
+    occupied = np.zeros((view.size, view.size), dtype=bool)
+    for player in PLAYERS:
+        for unit in view.obs["units"][player].values():
+            occupied[tuple(unit["pos"])] = True
+    power, water, metal, _ = view.factory_stock.T
+    centre_free = ~occupied[tuple(view.factory_pos.T)]
+    free_slots = sum(unit_id is None for unit_id in view.ids[: view.max_units])
+    for action, unit in ((BUILD_LIGHT, LIGHT), (BUILD_HEAVY, HEAVY)):
+        can_build = centre_free & (metal >= METAL_COST[unit]) & (power >= POWER_COST[unit])
+        if action == BUILD_LIGHT:  # whoever can build a heavy can build a light
+            in_time = np.cumsum(can_build) <= free_slots
+        mask[view.factory_slot, action] = can_build & in_time
+    mask[view.factory_slot, WATER] = view.can_grow() & (water > view.water_bound())
+    return mask
+
+
+# ---- actions
+
+
+def resolve_collisions(pos, target, newborn):
+    """Which units must stay so that no two units of a team end on one tile: bool (n,).
+
+    `pos` and `target` (n,) are tile numbers before and after the move, `newborn` (m,) the tiles on
+    which units are being built. A mover is stopped if a parked unit, a newborn or an earlier mover
+    has its target; that can stop others in turn, so it goes on to a fixed point. Swaps are legal.
+    """
+    pos, goal = pos.tolist(), target.tolist()
+    while True:
+        taken = {*newborn.tolist(), *(tile for tile, stays in zip(pos, goal, strict=True) if tile == stays)}
+        clash = False
+        for i, tile in enumerate(goal):
+            if tile != pos[i]:
+                if tile in taken:
+                    goal[i], clash = pos[i], True
+                taken.add(tile)
+        if not clash:
+            return target != goal
+
+
+def engine_actions(view, mask, action):
+    """Translate one player's slot actions (num_slots,) into the engine's: {entity id: action}.
+
+    Masked-out actions and moves that would collide with an own unit become NO_OP. A move or a dig
+    is queued as often as the power lasts, and is not sent again while the choice stays the same;
+    the queue always leaves the power that it takes to cancel it.
+    """
+    action = np.where(mask[np.arange(len(mask)), action], action, NO_OP)
+    chosen, act = action[view.factory_slot], action[view.slot]
+    flat = np.array([view.size, 1])
+    goal = view.pos + DELTAS[np.where(act <= LEFT, act, 0)]
+    newborn = view.factory_pos[(chosen == BUILD_LIGHT) | (chosen == BUILD_HEAVY)]
+    act = np.where(resolve_collisions(view.pos @ flat, goal @ flat, newborn @ flat), NO_OP, act)
+
+    engine = {}
+    for unit in np.flatnonzero((act != view.queued) & (view.power >= QUEUE_COST[view.kind])):
+        choice, kind, power = act[unit], view.kind[unit], view.power[unit]
+        budget = power - 2 * QUEUE_COST[kind]  # one update now, one to cancel
+        direction, resource, amount, n = 0, ICE, 0, 1
+        if UP <= choice <= LEFT:
+            direction, n = choice, view.reach(unit, choice, budget)
+        elif choice == DIG:
+            n = budget // DIG_COST[kind]
+        elif choice == DELIVER:
+            direction, amount = view.touching[unit].argmax(), view.ice[unit]
+        elif choice == PICK_UP:  # more than there is room for would be wasted
+            resource, amount = POWER, BATTERY_CAPACITY[kind] - (power - QUEUE_COST[kind])
+        queue = [] if choice == NO_OP else [(ENGINE_TYPE[choice], direction, resource, amount, 0, max(n, 1))]
+        engine[view.ids[view.slot[unit]]] = np.array(queue, dtype=np.int64).reshape(-1, 6)
+    for slot, choice in zip(view.factory_slot, chosen, strict=True):
+        if choice != NO_OP:
+            engine[view.ids[slot]] = int(choice) - BUILD_LIGHT
+    return engine
+
+
+# ---- rewards
+
+
+def entity_rewards(args, kind, lost, ice_dug, ice_delivered, ice_received, rubble_cleared):
+    """Each entity's own reward for one step, from what it did itself: float32 (num_slots,).
+
+    All arguments after `args` have shape (num_slots,); `kind` is that before the step.
+
+    A unit earns `reward_ice_dug` per ice it digs (found early, by chance) and
+    `reward_ice_delivered` per ice it brings to an own factory (what the team needs; unit-to-unit
+    transfers do not count, they could be farmed); a factory earns `reward_ice_received` for the same
+    ice, which credits it for the units it built. In all 0.002 per unit of ice, as in the paper's
+    tables. A unit earns `reward_rubble_cleared` per rubble it takes off a tile with ice, since ice
+    lies under about three digs of rubble; a factory earns `reward_factory_alive` per step it
+    survives; both lose for being destroyed.
+    """
+    factory = args.reward_ice_received * ice_received + np.where(
+        lost, args.reward_factory_lost, args.reward_factory_alive
+    )
+    mining = args.reward_ice_dug * ice_dug + args.reward_rubble_cleared * rubble_cleared
+    unit = mining + args.reward_ice_delivered * ice_delivered + args.reward_unit_lost * lost
+    return np.where(kind == FACTORY, factory, np.where(kind == EMPTY, 0, unit)).astype(np.float32)
+
+
+# ---- symmetries
+
+
+def turn_tiles(xy, symmetry, size):
+    """Where tiles (n, 2) lie after one of the square's symmetries, 0 to 7: transposed, then flipped."""
+    x, y = xy.T[::-1] if symmetry & 4 else xy.T
+    return np.stack((size - 1 - x if symmetry & 2 else x, size - 1 - y if symmetry & 1 else y), axis=-1)
+
+
+def turn_planes(planes, symmetry):
+    """Planes (18, map_size, map_size) after a symmetry, as `turn_tiles` has it."""
+    planes = planes.transpose(0, 2, 1) if symmetry & 4 else planes
+    return planes[:, :: -1 if symmetry & 2 else 1, :: -1 if symmetry & 1 else 1]
+
+
+# The unit action that each unit action becomes by each symmetry (a map of one tile turns about the origin)
+TURNED = np.tile(np.arange(NUM_ACTIONS), (8, 1))
+for _symmetry in range(8):
+    TURNED[_symmetry, :DIG] = (turn_tiles(DELTAS, _symmetry, 1)[:, None] == DELTAS).all(-1).argmax(1)
+
+
+# ---- the gymnasium.Env
+
+
+class LuxEnv(gym.Env):
+    """One game of Lux AI Season 2 against an idle opponent, or against the same policy.
+
+    Observations are a dictionary of arrays with a leading axis of sides (1, or 2 in self-play):
+    `planes` (sides, 18, map_size, map_size); per slot `pixel`, `kind`, `unit_id` and `action_mask`;
+    and, for the step that led here, `reward` and `done` of the slots as they were before it,
+    because gymnasium's vector environments carry but one reward an environment.
+
+    An action is an integer per side and slot; illegal ones count as NO_OP. An episode ends after
+    1,000 steps or when a side has no factory left: both are terminations.
+
+    Training maps come from the environment's own generator (`reset(seed=...)`); with `map_seeds`,
+    those maps are played in turn instead. With `augment`, each observation is turned or mirrored by
+    chance, and the action that answers it is turned back.
+
+    Raises MapError if 100 maps in a row have no ice or no room for the factories.
+    """
+
+    metadata = {"render_modes": []}
+
+    # Differs from ppo_trajsep_lux: where entities are before the turn
+    def __init__(self, args, map_seeds=None):
+        self.args = args
+        self.map_seeds = None if map_seeds is None else iter(map_seeds)
+        self.players = PLAYERS if args.opponent == "self" else PLAYERS[:1]
+        self.num_slots = args.max_units + args.factories_per_team
+        self.engine = FastLux(
+            map_size=args.map_size,
+            MIN_FACTORIES=args.factories_per_team,
+            MAX_FACTORIES=args.factories_per_team,
+            max_episode_length=EPISODE_STEPS,
+        )
+        slots = (len(self.players), self.num_slots)
+        planes = (len(self.players), NUM_PLANES, args.map_size, args.map_size)
+        self.observation_space = gym.spaces.Dict(
+            planes=gym.spaces.Box(0, 4, planes, np.float16),
+            pixel=gym.spaces.Box(0, args.map_size**2 - 1, slots, np.int64),
+            tile=gym.spaces.Box(0, args.map_size**2 - 1, slots, np.int64),
+            kind=gym.spaces.Box(EMPTY, FACTORY, slots, np.int8),
+            unit_id=gym.spaces.Box(0, 2**31 - 1, slots, np.int32),
+            action_mask=gym.spaces.MultiBinary((*slots, NUM_ACTIONS)),
+            reward=gym.spaces.Box(-np.inf, np.inf, slots, np.float32),
+            done=gym.spaces.MultiBinary(slots),
+        )
+        self.action_space = gym.spaces.MultiDiscrete(np.full(slots, NUM_ACTIONS))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        rng, seeds = self.np_random, (NUM_EVAL_MAPS, 2**31)
+        map_seed = int(rng.integers(*seeds)) if self.map_seeds is None else next(self.map_seeds, 0)
+        if self.map_seeds is not None:
+            rng, seeds = np.random.default_rng(map_seed), (0, NUM_EVAL_MAPS)
+        for _ in range(MAX_MAP_DRAWS):
+            obs = self._start_game(map_seed)
+            if obs is not None:
+                break
+            map_seed = int(rng.integers(*seeds))
+        else:
+            raise MapError(
+                f"{MAX_MAP_DRAWS} maps of size {self.args.map_size} had no ice or no room for "
+                f"{self.args.factories_per_team} factories a team: raise --map-size or lower --factories-per-team."
+            )
+        self.ids = [[None] * self.args.max_units + list(obs["factories"][player]) for player in self.players]
+        self.views = [None] * len(self.players)
+        self.stats = [dict.fromkeys(EPISODE_STATS, 0.0) for _ in self.players]
+        nothing = np.zeros(self.num_slots, dtype=np.float32)
+        return self._observe(obs, [nothing] * len(self.players), [nothing] * len(self.players)), {}
+
+    def _start_game(self, map_seed):
+        """Bid nothing and place all factories in turn; None if the map has no ice or no room."""
+        obs = self.engine.reset(seed=map_seed)[0][PLAYERS[0]]
+        if not obs["board"]["ice"].any():
+            return None
+        self.engine.step({player: {"faction": "AlphaStrike", "bid": 0} for player in PLAYERS})
+        for turn in range(2 * self.args.factories_per_team):
+            player = PLAYERS[turn % 2]  # on equal bids player_0 places first
+            score = np.where(obs["board"]["valid_spawns_mask"], placement_score(obs, player), -np.inf)
+            if score.max() == -np.inf:
+                return None
+            spot = np.array(np.unravel_index(score.argmax(), score.shape))
+            placement = {"spawn": spot, "metal": 150, "water": 150}
+            obs = self.engine.step({p: placement if p == player else {} for p in PLAYERS})[0][PLAYERS[0]]
+        if self.args.opponent == "idle":
+            for factory in self.engine.state.factories[PLAYERS[1]].values():
+                factory.cargo.water += EPISODE_STEPS
+        return obs
+
+    # Differs from ppo_trajsep_lux: where entities are before the turn
+    def _observe(self, obs, rewards, dones):
+        self.masks, self.kinds, sides = [], [], []
+        self.symmetry = int(self.np_random.integers(8)) if self.args.augment else 0
+        for side, player in enumerate(self.players):
+            view = View(obs, player, self.ids[side], self.args.max_units, self.views[side])
+            self.views[side] = view
+            self.masks.append(action_masks(view))
+            kind, pixel = np.zeros(self.num_slots, dtype=np.int8), np.zeros(self.num_slots, dtype=np.int64)
+            kind[view.slot], kind[view.factory_slot] = view.kind, FACTORY
+            pixel[view.slot] = turn_tiles(view.pos, self.symmetry, view.size) @ (view.size, 1)
+            pixel[view.factory_slot] = turn_tiles(view.factory_pos, self.symmetry, view.size) @ (view.size, 1)
+            tile = np.zeros_like(pixel)
+            tile[view.slot] = view.pos @ (view.size, 1)
+            tile[view.factory_slot] = view.factory_pos @ (view.size, 1)
+            mask = self.masks[side].astype(np.int8)
+            mask[: view.max_units, TURNED[self.symmetry]] = self.masks[side][: view.max_units]
+            self.kinds.append(kind)
+            unit_id = [0 if entity is None else int(entity.split("_")[1]) for entity in view.ids]
+            planes = turn_planes(make_planes(view), self.symmetry)
+            sides.append((planes, pixel, tile, kind, np.array(unit_id, np.int32), mask))
+        stacked = [np.stack(arrays) for arrays in (*zip(*sides, strict=True), rewards, np.array(dones, np.int8))]
+        keys = ("planes", "pixel", "tile", "kind", "unit_id", "action_mask", "reward", "done")
+        return dict(zip(keys, stacked, strict=True))
+
+    def step(self, action):
+        engine_action, action = {player: {} for player in PLAYERS}, np.array(action)
+        units = action[:, : self.args.max_units]
+        units[:] = TURNED[self.symmetry].argsort()[units]
+        for side, player in enumerate(self.players):
+            engine_action[player] = engine_actions(self.views[side], self.masks[side], action[side])
+        obs, _, terminations, _, _ = self.engine.step(engine_action)
+        obs, over = obs[PLAYERS[0]], bool(terminations[PLAYERS[0]])
+        rewards, dones = [], []
+        for side, player in enumerate(self.players):
+            ids, kind = self.ids[side], self.kinds[side]
+            units, factories = obs["units"][player], obs["factories"][player]
+            lost = np.array([id_ is not None and id_ not in units and id_ not in factories for id_ in ids])
+            meters = {name: np.array([meter[id_] for id_ in ids]) for name, meter in self.engine.meters.items()}
+            rewards.append(entity_rewards(self.args, kind, lost, **meters))
+            dones.append(lost | (over & (kind != EMPTY)))
+            # A newborn takes a slot that was free before the step: the done flag of a slot that
+            # is freed now has to be recorded first.
+            free = iter([slot for slot in range(self.args.max_units) if ids[slot] is None])
+            ids = [None if gone else id_ for id_, gone in zip(ids, lost, strict=True)]
+            for unit_id in units:
+                if unit_id not in ids:
+                    ids[next(free)] = unit_id
+            self.ids[side] = ids
+            self._count(side, obs, rewards[side], meters)
+        info = {"episode": {k: np.mean([stats[k] for stats in self.stats]) for k in EPISODE_STATS}} if over else {}
+        return self._observe(obs, rewards, dones), float(np.sum(rewards)), over, False, info
+
+    def _count(self, side, obs, reward, meters):
+        """Keep the episode's statistics."""
+        player, enemy, stats = PLAYERS[side], PLAYERS[1 - side], self.stats[side]
+        stats["episodic_return"] += float(reward.sum())
+        stats["episodic_length"] += 1
+        stats["ice_transferred"] += int(meters["ice_delivered"].sum())
+        stats["factory_count"] += len(obs["factories"][player])
+        stats["factories_alive"] = stats["factory_count"] / EPISODE_STEPS
+        stats["ice_dug"] += int(meters["ice_dug"].sum())
+        stats["units_built"] = self.engine.built[player]
+        lost = [tile for team, tile in self.engine.destroyed if team == player]
+        foes = {tile for team, tile in self.engine.destroyed if team == enemy}
+        foes.update(tuple(unit["pos"]) for unit in obs["units"][enemy].values())
+        stats["units_lost"] += len(lost)
+        stats["friendly_losses"] += sum(tile not in foes for tile in lost)  # no enemy had a part in it
+
+
+def make_vector_env(args, map_seeds):
+    """A process per entry of `map_seeds`: None for training maps, or the maps that it shall play."""
+    return gym.vector.AsyncVectorEnv(
+        [lambda seeds=seeds: LuxEnv(args, seeds) for seeds in map_seeds],
+        shared_memory=True,
+        copy=False,
+        autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
+    )
+
+
+# ==============================================================================================
+# The network
+# ==============================================================================================
+
+
+def layer_init(layer, std=np.sqrt(2), bias_const=0.0):
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.constant_(layer.bias, bias_const)
+    return layer
+
+
+class ConvBlock(nn.Sequential):
+    """A convolution, or the linear layer that it is at single pixels; norm; LeakyReLU."""
+
+    def __init__(self, conv, norm):
+        layer_init(conv)
+        if norm != "none":
+            conv = nn.utils.parametrizations.spectral_norm(conv)
+        batch_norm = nn.BatchNorm2d if isinstance(conv, nn.Conv2d) else nn.BatchNorm1d
+        super().__init__(conv, *([batch_norm(len(conv.bias))] if norm == "poster" else []), nn.LeakyReLU(inplace=True))
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions, then squeeze-and-excitation: the gates see the whole map."""
+
+    def __init__(self, channels, norm):
+        super().__init__()
+        self.convs = nn.Sequential(*[ConvBlock(nn.Conv2d(channels, channels, 3, padding=1), norm) for _ in range(2)])
+        self.squeeze = layer_init(nn.Linear(channels, channels // 4))
+        self.excite = layer_init(nn.Linear(channels // 4, channels), std=1.0)
+
+    def forward(self, x):
+        y = self.convs(x)
+        gate = torch.sigmoid(self.excite(F.leaky_relu(self.squeeze(y.mean(dim=(2, 3))))))
+        return x + y * gate[:, :, None, None]
+
+
+class Trunk(nn.Module):
+    """The poster's backbone: planes (B, 18, H, W) to features at tiles (B, K), (B * K, channels).
+
+    The last convolution is computed at those tiles only: the same numbers, a quarter less work.
+    """
+
+    def __init__(self, channels, num_blocks, norm):
+        super().__init__()
+        self.stem = ConvBlock(nn.Conv2d(NUM_PLANES, channels, 3, padding=1), norm)
+        self.blocks = nn.Sequential(*[ResidualBlock(channels, norm) for _ in range(num_blocks)])
+        self.last = ConvBlock(nn.Linear(9 * channels, channels), norm)
+
+    def forward(self, planes, pixel, mask=None):
+        x = F.pad(self.blocks(self.stem(planes)), (1, 1, 1, 1))  # (B, C, H + 2, W + 2)
+        size = planes.shape[-1]
+        row = torch.arange(len(x), device=x.device)[:, None] * (size + 2) + pixel // size  # (B, K)
+        corner = row * (size + 2) + pixel % size  # of the 3x3 patch around the pixel
+        corner = corner.flatten() if mask is None else corner[mask]
+        patch = torch.arange(3, device=x.device)[:, None] * (size + 2) + torch.arange(3, device=x.device)
+        tiles = (corner[:, None] + patch.flatten()).flatten()  # (B * K * 9,)
+        return self.last(x.permute(0, 2, 3, 1).flatten(0, 2)[tiles].view(len(corner), -1))
+
+
+def of_kind(outputs, kind):
+    """From head outputs (B, num_slots, 3, ...), those of each slot's kind (light, heavy, factory)."""
+    index = (kind.long() - 1).clamp(min=0).reshape(*kind.shape, *[1] * (outputs.dim() - 2))
+    return outputs.gather(2, index.expand(*outputs.shape[:2], 1, *outputs.shape[3:])).squeeze(2)
+
+
+class Agent(nn.Module):
+    """Actor and critic: one architecture, separate weights; pixel to pixel, so any map size fits.
+
+    Batch norm always uses its running statistics and spectral norm never moves in a forward pass,
+    so that rollout and update compute the same function; `refresh_batch_norm` and
+    `power_iteration` move them in between.
+    """
+
+    def __init__(self, channels, num_blocks, norm, bf16=False):
+        super().__init__()
+        self.bf16 = bf16
+        self.actor = Trunk(channels, num_blocks, norm)
+        self.actor_head = layer_init(nn.Linear(channels, 3 * NUM_ACTIONS), std=0.01)
+        self.critic = Trunk(channels, num_blocks, norm)
+        self.critic_pixel = ConvBlock(nn.Linear(channels, channels), norm)  # a 1x1 convolution
+        self.critic_head = layer_init(nn.Linear(channels, 3), std=1.0)
+        self.to(memory_format=torch.channels_last).eval()
+
+    def entity_features(self, trunk, obs):
+        """The trunk's feature vector at every entity's pixel: float32 (B * num_slots, channels)."""
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        planes = obs["planes"].to(dtype, memory_format=torch.channels_last)
+        mask = obs["kind"] != EMPTY if self.training else None  # batch norm's statistics are of real entities
+        with torch.autocast(planes.device.type, torch.bfloat16, enabled=self.bf16):
+            return trunk(planes, obs["pixel"], mask).float()
+
+    def get_value(self, obs):
+        """Value of every entity, at its pixel: (B, num_slots)."""
+        values = self.critic_head(self.critic_pixel(self.entity_features(self.critic, obs)))
+        return of_kind(values.unflatten(0, obs["kind"].shape), obs["kind"])
+
+    def get_distribution(self, obs):
+        """Action distribution of every entity, at its pixel: Categorical (B, num_slots)."""
+        logits = self.actor_head(self.entity_features(self.actor, obs))  # (B * num_slots, 3 * NUM_ACTIONS)
+        logits = of_kind(logits.view(*obs["kind"].shape, 3, NUM_ACTIONS), obs["kind"]).masked_fill(
+            ~obs["action_mask"].bool(), -1e8
+        )
+        return Categorical(logits=logits, validate_args=False)
+
+    @torch.no_grad()
+    def power_iteration(self):
+        """One power iteration of each spectral norm (reading a weight in training mode makes it)."""
+        self.train()
+        for module in self.modules():
+            if nn.utils.parametrize.is_parametrized(module):
+                _ = module.weight
+        self.eval()
+
+    @torch.no_grad()
+    def refresh_batch_norm(self, batches):
+        """Set the running statistics of batch norm to those of the given observation batches."""
+        norms = [module for module in self.modules() if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))]
+        for module in norms:
+            module.reset_running_stats()
+            module.momentum = None  # the plain average over the batches
+            module.train()
+        for obs in batches if norms else ():
+            self.entity_features(self.actor, obs), self.critic_pixel(self.entity_features(self.critic, obs))
+        self.eval()
+
+
+# ==============================================================================================
+# Trajectories: groups, GAE and losses
+# ==============================================================================================
+
+# Shapes: T steps, B environments (times sides), K slots, G groups; a cell is one (step,
+# environment, group). dones[t] says that the group ended in the step that took obs[t] to
+# obs[t + 1]: nothing after it may flow back over it.
+
+
+# Differs from ppo_trajsep_lux: the grouping
+def group_index(tile, kind, map_size, max_units, grouping):
+    """The trajectory of every slot: long (..., K). The units' groups come first, then the factories'."""
+    slot = torch.arange(tile.shape[-1], device=tile.device).expand(tile.shape)
+    x, y = tile // map_size, tile % map_size
+    if grouping == "quadrant":
+        units, count = (2 * x >= map_size) * 2 + (2 * y >= map_size), 4
+    else:
+        centre = kind == (FACTORY if grouping == "closest-factory" else HEAVY)
+        centres = slice(max_units, None) if grouping == "closest-factory" else slice(max_units)
+        steps = (x[..., None] - x[..., None, centres]).abs() + (y[..., None] - y[..., None, centres]).abs()
+        units = steps.masked_fill(~centre[..., None, centres], 10**6).argmin(-1)  # (..., K), the first of equals
+        count = steps.shape[-1]
+    return torch.where(slot < max_units, units, slot - max_units + count)
+
+
+def group_sum(x, group, entity_mask, total_groups):
+    """Sum `x` (..., K) over the members of each group, entities in `entity_mask` only: (..., G)."""
+    zeros = torch.zeros(*x.shape[:-1], total_groups, dtype=x.dtype, device=x.device)
+    return zeros.scatter_add(-1, group, torch.where(entity_mask, x, torch.zeros_like(x)))
+
+
+class Trajectories(NamedTuple):
+    """The rollout by group; every tensor (T, B, G)."""
+
+    rewards: torch.Tensor  # sum of the members'
+    dones: torch.Tensor  # 1 where no member that acted survived the step
+    values: torch.Tensor  # sum of the members'
+    next_values: torch.Tensor  # of the members that acted and survived, at their new pixels
+    active: torch.Tensor  # the group had a member
+    choice: torch.Tensor  # ... that had more than one legal action
+
+
+def separate_trajectories(rewards, dones, values, group, entity_mask, action_mask, total_groups):
+    """Reduce per-slot rollout tensors to trajectories of groups (paper, section Trajectory Separation).
+
+    `rewards`, `dones`, `group` and `entity_mask` have shape (T, B, K), `values` (T + 1, B, K),
+    `action_mask` (T, B, K, NUM_ACTIONS). A group is done when all members that acted are (Fig. 2).
+    """
+    survived = entity_mask & ~dones.bool()
+    active = group_sum(entity_mask.float(), group, entity_mask, total_groups) > 0
+    alive = group_sum(survived.float(), group, entity_mask, total_groups) > 0
+    free = (action_mask.sum(-1) > 1).float()
+    return Trajectories(
+        rewards=group_sum(rewards, group, entity_mask, total_groups),
+        dones=(active & ~alive).float(),
+        values=group_sum(values[:-1], group, entity_mask, total_groups),
+        next_values=group_sum(values[1:], group, survived, total_groups),
+        active=active,
+        choice=group_sum(free, group, entity_mask, total_groups) > 0,
+    )
+
+
+def compute_gae(trajectories, gamma, gae_lambda):
+    """Generalised advantage estimates of every cell, zero in inactive ones: (T, B, G)."""
+    rewards, dones, values, next_values, active, _ = trajectories
+    advantages = torch.zeros_like(rewards)
+    lastgaelam = torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        nextnonterminal = 1.0 - dones[t]
+        delta = rewards[t] + gamma * next_values[t] * nextnonterminal - values[t]
+        lastgaelam = active[t] * (delta + gamma * gae_lambda * nextnonterminal * lastgaelam)
+        advantages[t] = lastgaelam
+    return advantages
+
+
+def masked_mean(x, mask):
+    """Mean of `x` over the cells of the bool tensor `mask`; 0 if there is none."""
+    return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+def normalize(advantages, mask):
+    """Advantages with mean 0 and standard deviation 1 over the cells of `mask`."""
+    mean = masked_mean(advantages, mask)
+    return (advantages - mean) / (masked_mean((advantages - mean) ** 2, mask).sqrt() + 1e-8)
+
+
+def policy_loss(ratio, advantages, mask, clip_coef):
+    """Clipped surrogate, averaged over the cells of `mask` (paper, Fig. 1, which prints its negative)."""
+    pg_loss1 = -advantages * ratio
+    pg_loss2 = -advantages * torch.clamp(ratio, 1 - clip_coef, 1 + clip_coef)
+    return masked_mean(torch.max(pg_loss1, pg_loss2), mask)
+
+
+def value_loss(newvalue, values, returns, mask, clip_coef=None):
+    """Half the squared error, averaged over the cells of `mask`, clipped around the old values if asked."""
+    v_loss = (newvalue - returns) ** 2
+    if clip_coef is not None:
+        v_clipped = values + torch.clamp(newvalue - values, -clip_coef, clip_coef)
+        v_loss = torch.max(v_loss, (v_clipped - returns) ** 2)
+    return 0.5 * masked_mean(v_loss, mask)
+
+
+# ==============================================================================================
+# Evaluation
+# ==============================================================================================
+
+
+def to_tensors(obs, device):
+    """Observation arrays (num_envs, sides, ...) as tensors (num_envs * sides, ...) on the device."""
+    return {key: torch.from_numpy(value).flatten(0, 1).to(device) for key, value in obs.items()}
+
+
+@torch.no_grad()
+def evaluate(agent, args, device, greedy):
+    """Play the first `eval_episodes` evaluation maps once: {statistic: array (eval_episodes,)}."""
+    num_envs = min(args.num_envs, args.eval_episodes)
+    maps = [range(i, args.eval_episodes, num_envs) for i in range(num_envs)]
+    envs = make_vector_env(args, maps)
+    finished = [[] for _ in maps]  # per environment, its episodes' statistics
+    next_obs, _ = envs.reset(seed=args.seed)
+    while any(len(done) < len(seeds) for done, seeds in zip(finished, maps, strict=True)):
+        distribution = agent.get_distribution(to_tensors(next_obs, device))
+        action = distribution.probs.argmax(-1) if greedy else distribution.sample()
+        next_obs, _, terminations, _, infos = envs.step(action.cpu().numpy().reshape(envs.action_space.shape))
+        for i in np.flatnonzero(terminations):
+            finished[i].append([infos["final_info"]["episode"][name][i] for name in EPISODE_STATS])
+    envs.close()
+    rows = [row for done, seeds in zip(finished, maps, strict=True) for row in done[: len(seeds)]]
+    return dict(zip(EPISODE_STATS, np.array(rows).T, strict=True))
+
+
+def load_checkpoint(path):
+    """Settings and weights of a model.pt; ValueError with one sentence if it is missing or damaged."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return Args(**checkpoint["args"]), checkpoint["model"]
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): give --evaluate the path of a model.pt.") from None
+    except Exception as error:  # torch raises many kinds for a file that is not a checkpoint
+        raise ValueError(
+            f"{path} is damaged or not a model.pt of this script ({type(error).__name__}): give --evaluate another."
+        ) from None
+
+
+def evaluate_checkpoint(args, weights, device):
+    """Print the mean and standard deviation over episodes of every statistic, sampled and greedy."""
+    agent = Agent(args.channels, args.num_blocks, args.norm, args.bf16).to(device)
+    try:
+        agent.load_state_dict(weights)
+    except RuntimeError:
+        raise ValueError("The weights do not fit: leave --channels, --num-blocks and --norm as saved.") from None
+    print(f"{args.evaluate}: {args.eval_episodes} evaluation maps of size {args.map_size}, mean +- std over maps")
+    print("| actions | " + " | ".join(EPISODE_STATS) + " |")
+    print("|---" * (1 + len(EPISODE_STATS)) + "|")
+    for greedy in (False, True):
+        torch.manual_seed(args.seed)
+        stats = evaluate(agent, args, device, greedy)
+        cells = [f"{values.mean():,.2f} +- {values.std():,.2f}" for values in stats.values()]
+        print(f"| {'greedy' if greedy else 'sampled'} | " + " | ".join(cells) + " |")
+
+
+# ==============================================================================================
+# Training
+# ==============================================================================================
+
+
+SMALL_RUN = "--map-size 32 --factories-per-team 2 --max-units 30 --channels 24 --total-timesteps 24576"
+
+
+def estimate_minutes(agent, args, obs):
+    """About how long the run will take on this CPU, from timing the network on one observation."""
+    obs = {key: value.repeat_interleave(16, 0) for key, value in obs.items()}
+    rows, seconds = len(obs["planes"]), []
+    for _ in range(3):
+        start = time.time()
+        (agent.get_value(obs).sum() + agent.get_distribution(obs).logits.sum()).backward()
+        seconds.append((time.time() - start) / rows)
+    agent.zero_grad()
+    maps = args.num_iterations * args.batch_size
+    return maps * (min(seconds) * (args.update_epochs + 0.4) + 0.003) / 60  # a rollout step adds a forward and 3 ms
+
+
+if __name__ == "__main__":
+    # ---- setup
+    args = tyro.cli(Args)
+    try:
+        if args.evaluate is not None:
+            saved, weights = load_checkpoint(args.evaluate)
+            args = tyro.cli(Args, default=saved)
+        check_args(args)
+        first_obs, _ = LuxEnv(args).reset(seed=args.seed)  # fails here if no map can hold the factories
+    except (ValueError, MapError) as error:
+        sys.exit(str(error))
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+
+    if args.evaluate is not None:
+        try:
+            evaluate_checkpoint(args, weights, device)
+        except ValueError as error:
+            sys.exit(str(error))
+        sys.exit()
+
+    run_name = args.run_name or f"{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_dir = os.path.join("runs", run_name)
+    if os.path.exists(run_dir):
+        sys.exit(f"{run_dir} exists already: choose another --run-name, or move the folder away.")
+    os.makedirs(run_dir)
+    with open(os.path.join(run_dir, "args.json"), "w") as file:
+        json.dump(asdict(args), file, indent=2)
+    if args.track:
+        import wandb
+
+        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_name}
+        wandb.init(**names, config=vars(args), sync_tensorboard=True, save_code=True)
+    writer = SummaryWriter(run_dir)
+    table = "\n".join([f"|{key}|{value}|" for key, value in vars(args).items()])
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+
+    # ---- environments and agent
+    envs = make_vector_env(args, [None] * args.num_envs)
+    agent = Agent(args.channels, args.num_blocks, args.norm, args.bf16).to(device)
+    optimizer = optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-8)
+    print(f"{run_dir}: {sum(p.numel() for p in agent.parameters()):,} parameters on {device}")
+    if device.type == "cpu":
+        minutes = estimate_minutes(agent, args, {key: torch.from_numpy(value) for key, value in first_obs.items()})
+        print(f"On this CPU the run takes about {minutes:.0f} minutes; a run of minutes has these flags: {SMALL_RUN}")
+
+    # ---- storage
+    # Differs from ppo_trajsep_lux: the grouping
+    num_rows = args.batch_size // args.num_steps  # environments times sides
+    num_slots = args.max_units + args.factories_per_team
+    num_groups = args.factories_per_team  # the factories', and those of the units
+    num_groups += {"quadrant": 4, "closest-factory": num_groups, "closest-heavy": args.max_units}[args.grouping]
+    shape = (args.num_steps, num_rows, num_slots)
+    obs = {
+        "planes": torch.zeros(args.num_steps, num_rows, *first_obs["planes"].shape[1:], dtype=torch.float16),
+        "pixel": torch.zeros(shape, dtype=torch.int64),
+        "tile": torch.zeros(shape, dtype=torch.int64),
+        "kind": torch.zeros(shape, dtype=torch.int8),
+        "unit_id": torch.zeros(shape, dtype=torch.int32),
+        "action_mask": torch.zeros(*shape, NUM_ACTIONS, dtype=torch.int8),
+    }
+    obs = {key: value.to(device) for key, value in obs.items()}
+    actions = torch.zeros(shape, dtype=torch.int64).to(device)
+    entity_logprobs = torch.zeros(shape).to(device)
+    entity_reward = torch.zeros(shape).to(device)
+    entity_dones = torch.zeros(shape).to(device)
+    entity_values = torch.zeros(args.num_steps + 1, num_rows, num_slots).to(device)
+
+    # ---- start the game
+    global_step, start_time = 0, time.time()
+    seeds = np.random.SeedSequence(args.seed).generate_state(args.num_envs)
+    next_obs = to_tensors(envs.reset(seed=[int(seed) for seed in seeds])[0], device)
+    agent.refresh_batch_norm([next_obs])
+    csv_file = open(os.path.join(run_dir, "progress.csv"), "w", newline="")
+    csv_writer = None
+    progress = tqdm(total=args.num_iterations * args.num_envs * args.num_steps, unit="step", disable=None)
+
+    for iteration in range(1, args.num_iterations + 1):
+        frac = 1.0 - (iteration - 1.0) / args.num_iterations
+        if args.anneal_lr:
+            optimizer.param_groups[0]["lr"] = frac * args.learning_rate
+        ent_coef = frac * args.ent_coef if args.anneal_ent else args.ent_coef
+
+        # ---- rollout
+        rollout_start = time.time()
+        episodes = {name: [] for name in EPISODE_STATS}
+        for step in range(args.num_steps):
+            global_step += args.num_envs
+            for key, buffer in obs.items():
+                buffer[step] = next_obs[key]
+            with torch.no_grad():
+                distribution = agent.get_distribution(next_obs)
+                actions[step] = distribution.sample()
+                entity_logprobs[step] = distribution.log_prob(actions[step])
+                envs.step_async(actions[step].cpu().numpy().reshape(envs.action_space.shape))
+                # while the environments step; they overwrite next_obs meanwhile
+                entity_values[step] = agent.get_value({key: buffer[step] for key, buffer in obs.items()})
+            next_obs, _, terminations, _, infos = envs.step_wait()
+            last = {key: next_obs[key].copy() for key in ("reward", "done")}
+            for i in np.flatnonzero(terminations):
+                for key in last:  # the reset in the same step has overwritten these
+                    last[key][i] = infos["final_obs"][i][key]
+                for name in EPISODE_STATS:
+                    episodes[name].append(infos["final_info"]["episode"][name][i])
+            last, next_obs = to_tensors(last, device), to_tensors(next_obs, device)
+            entity_reward[step], entity_dones[step] = last["reward"], last["done"]
+            progress.update(args.num_envs)
+        with torch.no_grad():
+            entity_values[args.num_steps] = agent.get_value(next_obs)
+
+        # ---- trajectories
+        # Differs from ppo_trajsep_lux: the grouping
+        update_start = time.time()
+        entity_mask = obs["kind"] != EMPTY  # (num_steps, num_rows, num_slots)
+        group = group_index(obs["tile"], obs["kind"], args.map_size, args.max_units, args.grouping)
+        trajectories = separate_trajectories(
+            entity_reward, entity_dones, entity_values, group, entity_mask, obs["action_mask"], num_groups
+        )
+        advantages = compute_gae(trajectories, args.gamma, args.gae_lambda)  # (num_steps, num_rows, num_groups)
+        batch = {  # a row is the map of one (step, environment) with all its cells
+            **obs,
+            "actions": actions,
+            "group": group,
+            "entity_mask": entity_mask,
+            "logprobs": group_sum(entity_logprobs, group, entity_mask, num_groups),
+            "advantages": advantages,
+            "returns": advantages + trajectories.values,
+            "values": trajectories.values,
+            "active": trajectories.active,
+            "choice": trajectories.choice,
+        }
+        batch = {key: value.flatten(0, 1) for key, value in batch.items()}  # (batch_size, ...)
+
+        # ---- update
+        losses = defaultdict(list)
+        for _ in range(args.update_epochs):
+            b_inds = torch.randperm(args.batch_size, device=device)
+            for mb_inds in b_inds.split(args.minibatch_size):
+                mb = {key: value[mb_inds] for key, value in batch.items()}  # (minibatch_size, ...)
+                distribution = agent.get_distribution(mb)
+                members = (mb["group"], mb["entity_mask"], num_groups)
+                newlogprob = group_sum(distribution.log_prob(mb["actions"]), *members)
+                entropy = group_sum(distribution.entropy(), *members)
+                newvalue = group_sum(agent.get_value(mb), *members)
+                logratio = newlogprob - mb["logprobs"]
+                ratio = logratio.exp()
+
+                mb_advantages = mb["advantages"]
+                if args.norm_adv:
+                    mb_advantages = normalize(mb_advantages, mb["choice"])
+                pg_loss = policy_loss(ratio, mb_advantages, mb["choice"], args.clip_coef)
+                v_clip = args.clip_coef if args.clip_vloss else None
+                v_loss = value_loss(newvalue, mb["values"], mb["returns"], mb["active"], v_clip)
+                entropy_loss = masked_mean(entropy, mb["choice"])
+                loss = pg_loss - ent_coef * entropy_loss + args.vf_coef * v_loss
+
+                optimizer.zero_grad()
+                loss.backward()
+                grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                optimizer.step()
+                agent.power_iteration()
+
+                with torch.no_grad():
+                    losses["policy_loss"].append(pg_loss.detach())
+                    losses["value_loss"].append(v_loss.detach())
+                    losses["entropy"].append(entropy_loss.detach())
+                    losses["approx_kl"].append(masked_mean((ratio - 1) - logratio, mb["choice"]))
+                    clipped = ((ratio - 1.0).abs() > args.clip_coef).float()
+                    losses["clipfrac"].append(masked_mean(clipped, mb["choice"]))
+                    losses["grad_norm"].append(grad_norm)
+            if args.target_kl is not None and losses["approx_kl"][-1] > args.target_kl:
+                break
+        refresh_inds = b_inds.split(args.minibatch_size)[:4]
+        agent.refresh_batch_norm({key: batch[key][inds] for key in obs} for inds in refresh_inds)
+
+        # ---- logging
+        update_end = time.time()
+        full = [length >= EPISODE_STEPS for length in episodes["episodic_length"]]
+        seconds = time.time() - start_time
+        row = {"global_step": global_step, "charts/seconds": seconds, "charts/SPS": global_step / seconds}
+        row["charts/rollout_seconds"] = update_start - rollout_start
+        row["charts/update_seconds"] = update_end - update_start
+        row["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+        row["charts/episodes"] = len(full)  # that ended in this iteration; the next are their means
+        for name, values in {**episodes, "full_episodes": full}.items():
+            row[f"charts/{name}"] = np.mean(values) if values else None  # blank where no episode ended
+        row["charts/active_cells"] = (batch["active"].sum() / args.batch_size).item()
+        for name, values in losses.items():
+            row[f"losses/{name}"] = torch.stack(values).mean().item()
+        errors = (batch["returns"] - batch["values"])[batch["active"]]
+        row["losses/explained_variance"] = (1 - errors.var() / batch["returns"][batch["active"]].var()).item()
+        for name, value in row.items():
+            if value is not None:
+                writer.add_scalar(name, value, global_step)
+        if csv_writer is None:
+            csv_writer = csv.DictWriter(csv_file, row.keys())
+            csv_writer.writeheader()
+        csv_writer.writerow(row)
+        csv_file.flush()
+        if full:
+            shown = ("episodic_return", "episodic_length", "ice_transferred")
+            progress.set_postfix({name: f"{row[f'charts/{name}']:.1f}" for name in shown})
+
+    # ---- the end
+    if args.save_model:
+        path = os.path.join(run_dir, "model.pt")
+        torch.save({"args": asdict(args), "model": agent.state_dict()}, path + ".tmp")
+        os.replace(path + ".tmp", path)  # a run that is killed while it saves leaves no half file
+        print(f"model saved to {path}")
+    progress.close()
+    csv_file.close()
+    envs.close()
+    writer.close()
