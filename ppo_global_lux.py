@@ -509,10 +509,10 @@ class View:
             tiles[x - 1 : x + 2, y - 1 : y + 2] = True
         return tiles
 
-    def move_costs(self, units, tiles):
-        """Power for `units` (m,) to enter `tiles` (m, k, 2), a huge number where the engine forbids it."""
+    def move_costs(self):
+        """Power of each unit's step up, right, down and left: (n, 4), a huge number where the engine forbids it."""
+        tiles, kind = self.pos[:, None] + DELTAS[UP : LEFT + 1], self.kind[:, None]
         x, y = np.clip(tiles, 0, self.size - 1).transpose(2, 0, 1)
-        kind = self.kind[units, None]
         cost = np.floor(MOVE_COST[kind] + RUBBLE_MOVEMENT_COST[kind] * self.board["rubble"][x, y]).astype(np.int64)
         forbidden = ((tiles < 0) | (tiles >= self.size)).any(-1) | self.enemy_tiles[x, y]
         return np.where(forbidden, 10**6, cost)
@@ -534,8 +534,8 @@ class View:
         x, y = np.clip(self.factory_pos[:, None] + RING, 0, self.size - 1).transpose(2, 0, 1)  # (f, 12)
         board, strain = self.board, self.strain[:, None]
         bare = (board["rubble"] == 0) & (board["ice"] == 0) & (board["ore"] == 0) & ~self.own_tiles & ~self.enemy_tiles
-        beside = np.clip(np.stack((x, y), -1)[:, :, None] + DELTAS[1:], 0, self.size - 1)  # (f, 12, 4, 2)
-        neighbours = board["lichen_strains"][beside[..., 0], beside[..., 1]]
+        nearby = np.clip(np.stack((x, y), -1)[:, :, None] + DELTAS[1:], 0, self.size - 1)  # (f, 12, 4, 2)
+        neighbours = board["lichen_strains"][nearby[..., 0], nearby[..., 1]]
         foreign = ((neighbours != -1) & (neighbours != strain[..., None])).any(-1)
         return (bare[x, y] & (~foreign | (board["lichen_strains"][x, y] == strain))).any(1)
 
@@ -593,8 +593,7 @@ def action_masks(view):
     update = np.where(np.arange(NUM_ACTIONS) == view.queued[:, None], 0, QUEUE_COST[kind, None])
     left = view.power[:, None] - update  # (n, NUM_ACTIONS) power left for the action itself
     legal = np.zeros((len(kind), NUM_ACTIONS), dtype=bool)
-    costs = view.move_costs(np.arange(len(kind)), view.pos[:, None] + DELTAS[1:])
-    legal[:, UP : LEFT + 1] = left[:, UP : LEFT + 1] >= costs
+    legal[:, UP : LEFT + 1] = left[:, UP : LEFT + 1] >= view.move_costs()
     on_factory = view.own_tiles[x, y]
     obstacle = (board["rubble"][x, y] > 0) | ((board["lichen"][x, y] > 0) & ~view.own_lichen[x, y])
     ice_fits = (board["ice"][x, y] > 0) & (view.ice < CARGO_SPACE[kind])
@@ -932,7 +931,7 @@ class ResidualBlock(nn.Module):
 class Trunk(nn.Module):
     """The poster's backbone: planes (B, 18, H, W) to features at tiles (B, K), (B * K, channels).
 
-    The last convolution is computed at those tiles only: the same numbers, a quarter less work.
+    The last convolution is computed at those tiles only: the same numbers for less work.
     """
 
     def __init__(self, channels, num_blocks, norm):
