@@ -127,7 +127,7 @@ def test_report_by_hand(tmp_path, monkeypatch, capsys):
 
     assert f"p = {2 * student.sf(t, df):.2g}" in lines[0]
     assert lines[1] == "| IPPO | 16,384 | never | 1: never; 2: 16,384 |"
-    assert rows["MAPPO"][1] == "missing"
+    assert rows["MAPPO (global advantage)"][1] == "missing"
     assert (tmp_path / "cpu/baselines.png").stat().st_size > 10_000
 
 
