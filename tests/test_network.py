@@ -52,6 +52,16 @@ def test_any_map_size_and_only_legal_actions(norm):
         assert distribution.entropy().isfinite().all()
 
 
+def test_features_at_tiles_are_those_of_a_convolution_of_the_whole_map():
+    torch.manual_seed(0)
+    trunk, planes = Agent(8, 1, "none").actor, torch.rand(2, NUM_PLANES, 24, 24)
+    everywhere = torch.arange(24 * 24).expand(2, -1)  # corners and edges as well
+    kernel = trunk.last[0].weight.view(8, 3, 3, 8).permute(0, 3, 1, 2)
+    dense = nn.functional.conv2d(trunk.blocks(trunk.stem(planes)), kernel, trunk.last[0].bias, padding=1)
+    expected = nn.functional.leaky_relu(dense).permute(0, 2, 3, 1).flatten(0, 2)
+    torch.testing.assert_close(trunk(planes, everywhere), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_heads_by_kind():
     """A light, a heavy and a factory on one pixel get logits and values of their own."""
     torch.manual_seed(0)
