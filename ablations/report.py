@@ -80,9 +80,9 @@ def first_full(run):
 
 
 def spread(values):
-    std = np.std(values, ddof=1) if len(values) > 1 else np.nan
     digits = 1 if abs(np.mean(values)) < 1000 else 0
-    return f"{np.mean(values):,.{digits}f} +- {std:,.{digits}f}"
+    std = f" +- {np.std(values, ddof=1):,.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):,.{digits}f}{std}"
 
 
 def against(values, reference):

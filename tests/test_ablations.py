@@ -131,6 +131,12 @@ def test_report_by_hand(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "cpu/baselines.png").stat().st_size > 10_000
 
 
+def test_spread():
+    assert report.spread([1.0, 2.0, 3.0]) == "2.0 +- 1.0"
+    assert report.spread([1000.0, 3000.0]) == "2,000 +- 1,414"
+    assert report.spread([2.5]) == "2.5"
+
+
 def test_report_without_runs_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["report.py", "baselines", "--results", str(tmp_path)])
     with pytest.raises(SystemExit, match="run `python ablations/run.py baselines` first"):
