@@ -156,8 +156,9 @@ def plot(variants, data, path):
             axis.axhline(levels[title], color="grey", linestyle="--", label="untrained policy")
         axis.set(xlabel="environment steps", ylabel=title, ylim=(0, None))
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    figure.tight_layout()
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncol=4, fontsize=8)
+    figure.tight_layout(rect=(0, 0.1, 1, 1))
     figure.savefig(path, dpi=100)
 
 
