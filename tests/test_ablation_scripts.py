@@ -3,6 +3,7 @@
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -164,13 +165,15 @@ def test_groups_do_not_turn_with_the_observation():
     """The environment gives positions before the turn; the turned ones are what the network sees."""
     env = grouping.LuxEnv(grouping.Args(map_size=24, factories_per_team=1, max_units=16))
     obs, _ = env.reset(seed=0)
-    x, y = env.views[0].factory_pos[0]
-    turned = set()
-    for _ in range(20):
-        assert divmod(int(obs["tile"][0, 16]), 24) == (x, y)
-        turned.add(int(obs["pixel"][0, 16]))
-        obs = env.step(env.action_space.sample() * 0)[0]
-    assert len(turned) > 3
+    rng, turned, units = np.random.default_rng(0), set(), 0
+    for _ in range(40):
+        view = env.views[0]
+        for slots, tiles in ((view.slot, view.pos), (view.factory_slot, view.factory_pos)):
+            np.testing.assert_array_equal(np.divmod(obs["tile"][0, slots], 24), tiles.T)
+        turned.add(int(obs["pixel"][0, 16]))  # of the factory, which never moves
+        units += len(view.slot)
+        obs = env.step((rng.random(obs["action_mask"].shape) * obs["action_mask"]).argmax(-1))[0]
+    assert len(turned) > 3 and units > 40
 
 
 # ---- Figs. 6 and 7: fewer samples

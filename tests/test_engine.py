@@ -8,7 +8,7 @@ import pytest
 from luxai_s2.env import LuxAI_S2
 from luxai_s2.unit import UnitType
 
-from ppo_trajsep_lux import PLAYERS, FastLux, placement_score
+from ppo_trajsep_lux import PLAYERS, FastLux, beside, placement_score
 
 CONFIG = {"map_size": 48, "MIN_FACTORIES": 4, "MAX_FACTORIES": 4, "collect_stats": True}
 
@@ -150,3 +150,38 @@ def test_a_crowd_of_units_collides_alike():
         assert_same(*games)
         top_up(*games)
     assert sum(len(units) for units in games[0].state.units.values()) < before - 20
+
+
+def test_lichen_that_touches_that_of_another_factory():
+    """Two neighbours' lichen meets; then one factory is cut off from its own, which the other's must not connect."""
+    games = [new_game(LuxAI_S2, 4, verbose=0), new_game(FastLux, 4)]
+    for game in games:
+        board = game.state.board
+        board.rubble[:], board.ice[:], board.ore[:] = 0, 0, 0
+        board.valid_spawns_mask[:] = 1
+        taken = board.factory_occupancy_map != -1
+        x, y = next((x, y) for x in range(5, 35) for y in range(5, 43) if not taken[x - 5 : x + 13, y - 5 : y + 6].any())
+        left, right = (game.add_factory(game.state.teams[PLAYERS[0]], np.array((x + dx, y))) for dx in (0, 7))
+
+    def water(steps):
+        for _ in range(steps):
+            for game in games:
+                for factories in game.state.factories.values():
+                    for factory in factories.values():
+                        factory.cargo.water = 100
+                game.step({player: dict.fromkeys(game.state.factories[player], 2) for player in PLAYERS})
+            assert_same(*games)
+
+    water(60)
+    ring = np.zeros((48, 48), dtype=bool)
+    ring[x + 5 : x + 10, y - 2 : y + 3] = True  # the right factory's 12 tiles, and its own nine
+    for game in games:
+        board = game.state.board
+        bare = ring & (board.factory_occupancy_map == -1)
+        board.rubble[bare], board.lichen[bare], board.lichen_strains[bare] = 50, 0, -1
+    strains = games[0].state.board.lichen_strains
+    lost, kept = strains == right.num_id, strains == left.num_id
+    assert (beside(kept) & lost).any()  # they touch, so one label would join them
+    before = games[0].state.board.lichen[lost].copy()
+    water(1)
+    assert (games[0].state.board.lichen[lost] == before - 1).all()
