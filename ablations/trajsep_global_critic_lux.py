@@ -470,19 +470,18 @@ class View:
         self.pos = rows[:, 2:4]  # (n, 2)
 
         strains = np.bincount(self.board["lichen_strains"].ravel() + 1, minlength=obs["global_id"] + 1)
-        rows = []
+        rows, self.lichen_tiles = [], {}
         for slot, factory_id in enumerate(ids[max_units:], start=max_units):
             if factory_id is not None:
                 factory = obs["factories"][player][factory_id]
                 strain, cargo = factory["strain_id"], factory["cargo"]
+                now = self.lichen_tiles[factory_id] = strains[strain + 1]
+                most = now if previous is None else max(now, previous.lichen_tiles[factory_id])
                 stock = (factory["power"], cargo["water"], cargo["metal"], cargo["ice"])
-                rows.append((slot, strain, strains[strain + 1], *factory["pos"], *stock))
+                rows.append((slot, strain, most, *factory["pos"], *stock))
         rows = np.array(rows, dtype=np.int64).reshape(-1, 9)  # (f, 9)
-        self.factory_slot, self.strain, self.lichen_tiles = rows[:, :3].T  # each (f,)
+        self.factory_slot, self.strain, self.most_lichen = rows[:, :3].T  # each (f,)
         self.factory_pos, self.factory_stock = rows[:, 3:5], rows[:, 5:]  # (f, 2), (f, 4)
-        self.lichen_before = self.lichen_tiles
-        if previous is not None:  # factories can only have become fewer
-            self.lichen_before = previous.lichen_tiles[np.isin(previous.factory_slot, self.factory_slot)]
 
         self.own_tiles, self.enemy_tiles = self.factory_tiles(player), self.factory_tiles(self.enemy)
         own_strain = np.zeros(obs["global_id"] + 1, dtype=bool)
@@ -508,25 +507,18 @@ class View:
             tiles[x - 1 : x + 2, y - 1 : y + 2] = True
         return tiles
 
-    def move_costs(self):
-        """Power of each unit's step up, right, down and left: (n, 4), a huge number where the engine forbids it."""
-        tiles, kind = self.pos[:, None] + DELTAS[UP : LEFT + 1], self.kind[:, None]
+    def step_costs(self, kind, tiles):
+        """Power that units of `kind` (n,) need to step onto `tiles` (n, m, 2), 10**6 if they must not: (n, m)."""
         x, y = np.clip(tiles, 0, self.size - 1).transpose(2, 0, 1)
-        cost = np.floor(MOVE_COST[kind] + RUBBLE_MOVEMENT_COST[kind] * self.board["rubble"][x, y]).astype(np.int64)
+        cost = np.floor(MOVE_COST[kind, None] + RUBBLE_MOVEMENT_COST[kind, None] * self.board["rubble"][x, y])
         forbidden = ((tiles < 0) | (tiles >= self.size)).any(-1) | self.enemy_tiles[x, y]
         return np.where(forbidden, 10**6, cost)
 
-    def reach(self, unit, direction, power):
-        """How many steps in `direction` the power of a unit lasts."""
-        (x, y), (dx, dy), kind, steps = self.pos[unit].tolist(), DELTAS[direction].tolist(), self.kind[unit], 0
-        while True:
-            x, y = x + dx, y + dy
-            if not (0 <= x < self.size and 0 <= y < self.size) or self.enemy_tiles[x, y]:
-                return steps
-            power -= int(MOVE_COST[kind] + RUBBLE_MOVEMENT_COST[kind] * self.board["rubble"][x, y])
-            if power < 0:
-                return steps
-            steps += 1
+    def reach(self, units, directions, power):
+        """How many steps in their directions the power of units lasts; all arguments (n,)."""
+        ahead = np.arange(1, self.size)[:, None] * DELTAS[directions][:, None]  # (n, map_size - 1, 2)
+        costs = self.step_costs(self.kind[units], self.pos[units, None] + ahead)
+        return (costs.cumsum(1) <= power[:, None]).sum(1)
 
     def can_grow(self):
         """Whether lichen can grow next to each factory: bool (f,)."""
@@ -544,7 +536,7 @@ class View:
         Lichen can grow on the 12 tiles around a factory, on the factory's lichen and beside that.
         The engine checks this step's cost and, by an oversight, that of the step before as well.
         """
-        return np.ceil((len(RING) + 5 * np.maximum(self.lichen_tiles, self.lichen_before)) / 10)
+        return np.ceil((len(RING) + 5 * self.most_lichen) / 10)
 
 
 def make_planes(view):
@@ -592,7 +584,7 @@ def action_masks(view):
     update = np.where(np.arange(NUM_ACTIONS) == view.queued[:, None], 0, QUEUE_COST[kind, None])
     left = view.power[:, None] - update  # (n, NUM_ACTIONS) power left for the action itself
     legal = np.zeros((len(kind), NUM_ACTIONS), dtype=bool)
-    legal[:, UP : LEFT + 1] = left[:, UP : LEFT + 1] >= view.move_costs()
+    legal[:, UP : LEFT + 1] = left[:, UP : LEFT + 1] >= view.step_costs(kind, view.pos[:, None] + DELTAS[UP:])
     on_factory = view.own_tiles[x, y]
     obstacle = (board["rubble"][x, y] > 0) | ((board["lichen"][x, y] > 0) & ~view.own_lichen[x, y])
     ice_fits = (board["ice"][x, y] > 0) & (view.ice < CARGO_SPACE[kind])
@@ -660,21 +652,23 @@ def engine_actions(view, mask, action):
     newborn = view.factory_pos[(chosen == BUILD_LIGHT) | (chosen == BUILD_HEAVY)]
     act = np.where(resolve_collisions(view.pos @ flat, goal @ flat, newborn @ flat), NO_OP, act)
 
-    engine = {}
-    for unit in np.flatnonzero((act != view.queued) & (view.power >= QUEUE_COST[view.kind])):
-        choice, kind, power = act[unit], view.kind[unit], view.power[unit]
-        budget = power - 2 * QUEUE_COST[kind]  # one update now, one to cancel
-        direction, resource, amount, n = 0, ICE, 0, 1
-        if UP <= choice <= LEFT:
-            direction, n = choice, view.reach(unit, choice, budget)
-        elif choice == DIG:
-            n = budget // DIG_COST[kind]
-        elif choice == DELIVER:
-            direction, amount = view.touching[unit].argmax(), view.ice[unit]
-        elif choice == PICK_UP:  # more than there is room for would be wasted
-            resource, amount = POWER, BATTERY_CAPACITY[kind] - (power - QUEUE_COST[kind])
-        queue = [] if choice == NO_OP else [(ENGINE_TYPE[choice], direction, resource, amount, 0, max(n, 1))]
-        engine[view.ids[view.slot[unit]]] = np.array(queue, dtype=np.int64).reshape(-1, 6)
+    units = np.flatnonzero((act != view.queued) & (view.power >= QUEUE_COST[view.kind]))
+    act, kind, power = act[units], view.kind[units], view.power[units]
+    budget = power - 2 * QUEUE_COST[kind]  # one update now, one to cancel
+    direction = np.where(act <= LEFT, act, 0)
+    orders = np.zeros((len(units), 1, 6), dtype=np.int64)  # type, direction, resource, amount, repeat, n
+    orders[:, 0, 0] = ENGINE_TYPE[act]
+    orders[:, 0, 1] = np.where(act == DELIVER, view.touching[units].argmax(1), direction)
+    orders[:, 0, 2] = np.where(act == PICK_UP, POWER, ICE)
+    # more power than there is room for would be wasted
+    room = BATTERY_CAPACITY[kind] - (power - QUEUE_COST[kind])
+    orders[:, 0, 3] = np.where(act == PICK_UP, room, np.where(act == DELIVER, view.ice[units], 0))
+    n = np.where(direction > 0, view.reach(units, direction, budget), np.where(act == DIG, budget // DIG_COST[kind], 1))
+    orders[:, 0, 5] = np.maximum(n, 1)
+    engine = {
+        view.ids[slot]: order[:0] if choice == NO_OP else order
+        for slot, order, choice in zip(view.slot[units], orders, act, strict=True)
+    }
     for slot, choice in zip(view.factory_slot, chosen, strict=True):
         if choice != NO_OP:
             engine[view.ids[slot]] = int(choice) - BUILD_LIGHT
@@ -939,12 +933,11 @@ class Trunk(nn.Module):
         self.blocks = nn.Sequential(*[ResidualBlock(channels, norm) for _ in range(num_blocks)])
         self.last = ConvBlock(nn.Linear(9 * channels, channels), norm)
 
-    def forward(self, planes, pixel, mask=None):
+    def forward(self, planes, pixel):
         x = F.pad(self.blocks(self.stem(planes)), (1, 1, 1, 1))  # (B, C, H + 2, W + 2)
         size = planes.shape[-1]
         row = torch.arange(len(x), device=x.device)[:, None] * (size + 2) + pixel // size  # (B, K)
-        corner = row * (size + 2) + pixel % size  # of the 3x3 patch around the pixel
-        corner = corner.flatten() if mask is None else corner[mask]
+        corner = (row * (size + 2) + pixel % size).flatten()  # of the 3x3 patch around the pixel
         patch = torch.arange(3, device=x.device)[:, None] * (size + 2) + torch.arange(3, device=x.device)
         tiles = (corner[:, None] + patch.flatten()).flatten()  # (B * K * 9,)
         return self.last(x.permute(0, 2, 3, 1).flatten(0, 2)[tiles].view(len(corner), -1))
@@ -981,15 +974,15 @@ class Agent(nn.Module):
         self.critic = Trunk(channels, num_blocks, norm)
         self.critic_pixel = ConvBlock(nn.Linear(channels, channels), norm)  # a 1x1 convolution
         self.critic_head = layer_init(nn.Linear(channels, 1), std=1.0)
+        self.value_scale = 0.1 if norm == "poster" else 1.0  # normed features are large beside the first returns
         self.to(memory_format=torch.channels_last).eval()
 
     def entity_features(self, trunk, obs):
         """The trunk's feature vector at every entity's pixel: float32 (B * num_slots, channels)."""
         dtype = torch.bfloat16 if self.bf16 else torch.float32
         planes = obs["planes"].to(dtype, memory_format=torch.channels_last)
-        mask = obs["kind"] != EMPTY if self.training else None  # batch norm's statistics are of real entities
         with torch.autocast(planes.device.type, torch.bfloat16, enabled=self.bf16):
-            return trunk(planes, obs["pixel"], mask).float()
+            return trunk(planes, obs["pixel"]).float()
 
     # Differs from ppo_trajsep_lux: one value for the whole map
     def get_value(self, obs):
@@ -997,7 +990,7 @@ class Agent(nn.Module):
         planes = obs["planes"].to(torch.bfloat16 if self.bf16 else torch.float32, memory_format=torch.channels_last)
         with torch.autocast(planes.device.type, torch.bfloat16, enabled=self.bf16):
             features = self.critic_pixel(self.critic.everywhere(planes)).float()  # (B * H * W, channels)
-        return self.critic_head(features.unflatten(0, (len(planes), -1)).mean(1))
+        return self.value_scale * self.critic_head(features.unflatten(0, (len(planes), -1)).mean(1))
 
     def get_distribution(self, obs):
         """Action distribution of every entity, at its pixel: Categorical (B, num_slots)."""
@@ -1018,14 +1011,21 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def refresh_batch_norm(self, batches):
-        """Set the running statistics of batch norm to those of the given observation batches."""
+        """Move the running statistics of batch norm towards those of the given observations, at all tiles.
+
+        They are the plain average over the first 40 batches, then a moving one: statistics of the
+        newest batches alone would move the policy as much as an update does.
+        """
         norms = [module for module in self.modules() if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))]
         for module in norms:
-            module.reset_running_stats()
-            module.momentum = None  # the plain average over the batches
             module.train()
         for obs in batches if norms else ():
-            self.entity_features(self.actor, obs), self.critic_pixel(self.entity_features(self.critic, obs))
+            for module in norms:
+                module.momentum = max(1 / 40, 1 / (1 + module.num_batches_tracked.item()))
+            tiles = torch.arange(obs["planes"][0, 0].numel(), device=obs["planes"].device)
+            everywhere = {"planes": obs["planes"], "pixel": tiles.expand(len(obs["planes"]), -1)}
+            self.entity_features(self.actor, everywhere)
+            self.critic_pixel(self.entity_features(self.critic, everywhere))
         self.eval()
 
 

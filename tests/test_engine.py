@@ -160,7 +160,8 @@ def test_lichen_that_touches_that_of_another_factory():
         board.rubble[:], board.ice[:], board.ore[:] = 0, 0, 0
         board.valid_spawns_mask[:] = 1
         taken = board.factory_occupancy_map != -1
-        x, y = next((x, y) for x in range(5, 35) for y in range(5, 43) if not taken[x - 5 : x + 13, y - 5 : y + 6].any())
+        corners = [(x, y) for x in range(30) for y in range(38) if not taken[x : x + 18, y : y + 11].any()]
+        x, y = np.add(corners[0], 5)
         left, right = (game.add_factory(game.state.teams[PLAYERS[0]], np.array((x + dx, y))) for dx in (0, 7))
 
     def water(steps):

@@ -161,13 +161,34 @@ def test_spectral_norm_moves_once_per_optimizer_step():
     assert any((old - new).abs().max() > 1e-6 for old, new in zip(start, vectors(), strict=True))
 
 
-def test_batch_norm_refresh_uses_the_given_observations():
+def test_batch_norm_averages_over_the_observations_it_is_given():
+    """First the plain average, later a moving one."""
+    torch.manual_seed(0)
+    agent, one, two = Agent(8, 1, "poster"), some_obs(seed=1), some_obs(seed=2)
+    before = agent.get_value(one)
+    torch.testing.assert_close(before, agent.get_value(one), rtol=0, atol=0)  # a forward pass leaves them alone
+    agent.refresh_batch_norm([one])
+    assert (agent.get_value(one) - before).abs().max() > 1e-4
+    agent.refresh_batch_norm([two])
+    first, last = agent.actor.stem[1], agent.actor.last[1]
+    means = [agent.actor.stem[0](obs["planes"].float()).mean((0, 2, 3)) for obs in (one, two)]
+    torch.testing.assert_close(first.running_mean, (means[0] + means[1]) / 2, rtol=1e-3, atol=1e-4)
+    assert last.num_batches_tracked == 2
+
+    for norm in (first, last):
+        norm.num_batches_tracked.fill_(100)
+    old = first.running_mean.clone()
+    agent.refresh_batch_norm([one])
+    torch.testing.assert_close(first.running_mean, old + (means[0] - old) / 40, rtol=1e-3, atol=1e-4)
+
+
+def test_the_last_batch_norm_has_the_statistics_of_all_tiles():
     torch.manual_seed(0)
     agent, obs = Agent(8, 1, "poster"), some_obs()
-    before = agent.get_value(obs)
-    torch.testing.assert_close(before, agent.get_value(obs), rtol=0, atol=0)
     agent.refresh_batch_norm([obs])
-    assert (agent.get_value(obs) - before).abs().max() > 1e-4
-    first = next(m for m in agent.modules() if isinstance(m, nn.BatchNorm2d))
-    inputs = agent.actor.stem[0](obs["planes"].float())
-    torch.testing.assert_close(first.running_mean, inputs.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
+    trunk = agent.actor
+    kernel = trunk.last[0].weight.view(8, 3, 3, 8).permute(0, 3, 1, 2)
+    everywhere = nn.functional.conv2d(trunk.blocks(trunk.stem(obs["planes"].float())), kernel, padding=1)
+    expected = everywhere.mean((0, 2, 3)) + trunk.last[0].bias
+    # within the forward pass the earlier norms used the batch's own statistics, which by then are the running ones
+    torch.testing.assert_close(trunk.last[1].running_mean, expected, rtol=1e-3, atol=1e-4)
