@@ -60,6 +60,7 @@ GLOBAL_REWARD = ablation(
 FIGURES = {  # the first variant of each is what the others are compared with
     "baselines": (TRAJSEP, Variant("ippo", "IPPO", "ippo_lux.py"), MAPPO, GLOBAL),
     "norms": (TRAJSEP, Variant("poster_norms", "the poster's norms", "ppo_trajsep_lux.py", "--norm poster")),
+    "epochs": (TRAJSEP, Variant("epochs_2", "2 epochs in place of 3", "ppo_trajsep_lux.py", "--update-epochs 2")),
     "fig8": (
         TRAJSEP,
         ablation("global_critic", "global critic", "global_critic", "", "30,687 +- 9,844"),
