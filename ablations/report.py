@@ -1,6 +1,7 @@
 """Tables and curves of a figure, from the CSV files under ablations/results/ alone.
 
     python ablations/report.py baselines [--scale cpu]
+    python ablations/report.py claims        the paper's rankings, pair by pair, from all figures' files
 
 Writes results/<scale>/<figure>.png and .md and prints the table. A number is the mean over seeds
 of a seed's mean over the episodes that ended in the last 8,192 environment steps, +- the standard
@@ -11,7 +12,9 @@ dashed line is the untrained policy, where results/<scale>/untrained/ holds its 
 
 import argparse
 import csv
+import re
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -31,6 +34,24 @@ METRICS = {
     "episodic_return": "return",
     "factory_count": "factory count",
     "factories_alive": "factories alive",
+}
+CLAIMS = (  # variants as the paper ranks them, best first
+    ("Fig. 8", "trajsep", "global_critic", "own_reward_0", "mappo"),
+    ("Fig. 8", "global", "mappo"),
+    ("Fig. 4", "trajsep", "groups_16", "groups_8", "groups_4", "groups_2", "groups_1"),
+    ("Fig. 3", "trajsep", "units_only", "two_trajectories", "groups_1", "global"),
+    ("Fig. 9", "trajsep", "own_reward_75", "own_reward_50", "own_reward_25", "own_reward_0"),
+    ("Fig. 6", "trajsep", "top_advantage_1", "top_abs_advantage_1", "top_return_1", "random_1"),
+    ("Fig. 5", "trajsep", "closest_heavy", "closest_factory", "quadrant"),
+    ("Fig. 7", "trajsep", "random_16", "random_8", "random_4", "random_2", "random_1"),
+    ("Fig. 10", "trajsep", "ippo"),
+    ("Fig. 10", "trajsep", "mappo"),
+)
+VERDICTS = {  # by (the same order here, p below 0.05)
+    (True, True): "holds",
+    (True, False): "the same order, p above 0.05",
+    (False, False): "not seen, p above 0.05",
+    (False, True): "the other way round",
 }
 
 
@@ -124,6 +145,30 @@ def table(variants, data):
     return "\n".join(lines) + "\n"
 
 
+def claims(variants, data):
+    """A Markdown table of each claim that one variant brings in more ice than the next, and what came out."""
+    head = ["figure", "claim: more ice with", "than with", "paper: second / first", "here", "Welch's p", "verdict"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for figure, *names in CLAIMS:
+        for pair in pairwise(names):
+            labels = [variants[name].label for name in pair]
+            paper = [re.search(r"[\d,]+", variants[name].paper_ice) for name in pair]
+            ratio = ""
+            if all(paper):
+                first, second = (int(number.group().replace(",", "")) for number in paper)
+                ratio = f"{second / first:.2f}"
+            ice = [[final(run, "ice_transferred") for run in data[name].values()] for name in pair]
+            if min(map(len, ice)) < 2:
+                lines.append("| " + " | ".join([figure, *labels, ratio, "", "", "missing"]) + " |")
+                continue
+            means, p = [np.mean(values) for values in ice], ttest_ind(*ice, equal_var=False).pvalue
+            verdict = VERDICTS[means[0] > means[1], p < 0.05]
+            lines.append(
+                "| " + " | ".join([figure, *labels, ratio, f"{means[1] / means[0]:.2f}", f"{p:.2g}", verdict]) + " |"
+            )
+    return "\n".join(lines) + "\n"
+
+
 def untrained(folder, metric):
     """Mean over the seeds of an untrained policy's `--evaluate` table (sampled actions); None without one."""
     values = []
@@ -164,20 +209,25 @@ def plot(variants, data, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("figure", choices=FIGURES)
+    parser.add_argument("figure", choices=[*FIGURES, "claims"])
     parser.add_argument("--scale", choices=SCALES, default="cpu")
     parser.add_argument("--results", type=Path, default=ROOT / "ablations/results")
     args = parser.parse_args()
-    folder, variants = args.results / args.scale, FIGURES[args.figure]
+    figures = FIGURES if args.figure == "claims" else [args.figure]
+    folder, variants = args.results / args.scale, {v.name: v for figure in figures for v in FIGURES[figure]}
     data = {
-        variant.name: {int(path.stem[4:]): read(path) for path in sorted((folder / variant.name).glob("seed*.csv"))}
-        for variant in variants
+        name: {int(path.stem[4:]): read(path) for path in sorted((folder / name).glob("seed*.csv"))}
+        for name in variants
     }
-    if not data[variants[0].name]:
-        sys.exit(f"{folder / variants[0].name} holds no seedN.csv: run `python ablations/run.py {args.figure}` first.")
-    text = table(variants, data)
+    first = next(iter(variants))
+    if not data[first]:
+        sys.exit(f"{folder / first} holds no seedN.csv: run `python ablations/run.py {figures[0]}` first.")
+    if args.figure == "claims":
+        text = claims(variants, data)
+    else:
+        text = table(list(variants.values()), data)
+        plot(list(variants.values()), data, folder / f"{args.figure}.png")
     (folder / f"{args.figure}.md").write_text(text)
-    plot(variants, data, folder / f"{args.figure}.png")
     print(text, end="")
 
 

@@ -131,6 +131,39 @@ def test_report_by_hand(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "cpu/baselines.png").stat().st_size > 10_000
 
 
+def test_claims_by_hand(tmp_path, monkeypatch, capsys):
+    ice = {
+        "trajsep": (90, 100, 110),
+        "global_critic": (49, 50, 51),
+        "own_reward_0": (60, 61, 62),
+        "mappo": (10, 62, 99),
+    }
+    for name, values in ice.items():
+        for seed, value in enumerate(values):
+            curve(tmp_path / f"cpu/{name}/seed{seed}.csv", (value, value), full_from=2)
+    curve(tmp_path / "cpu/global/seed1.csv", (1, 1), full_from=2)  # one seed is too few
+    monkeypatch.setattr(sys, "argv", ["report.py", "claims", "--results", str(tmp_path)])
+    report.main()
+    text = capsys.readouterr().out
+    assert text == (tmp_path / "cpu/claims.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
+    assert [row[0] for row in rows[:4]] == ["Fig. 8"] * 4
+    assert rows[0][1:5] == ["trajectory separation", "global critic", f"{30687 / 44472:.2f}", "0.50"]
+    verdicts = [row[-1] for row in rows]
+    assert verdicts[:4] == ["holds", "the other way round", "the same order, p above 0.05", "missing"]
+    assert rows[-1][2] == "MAPPO (global advantage)" and float(rows[-1][4]) == 0.57
+    for seed in range(3):  # now MAPPO is above, and both too wide to tell
+        curve(tmp_path / f"cpu/own_reward_0/seed{seed}.csv", (seed * 9, seed * 9), full_from=2)
+        curve(tmp_path / f"cpu/mappo/seed{seed}.csv", (seed * 99, seed * 99), full_from=2)
+    report.main()
+    assert (tmp_path / "cpu/claims.md").read_text().splitlines()[4].endswith("| not seen, p above 0.05 |")
+
+
+def test_every_claim_is_about_a_variant_of_a_figure():
+    names = {variant.name for variants in run.FIGURES.values() for variant in variants}
+    assert {name for _, *ranking in report.CLAIMS for name in ranking} <= names
+
+
 def test_spread():
     assert report.spread([1.0, 2.0, 3.0]) == "2.0 +- 1.0"
     assert report.spread([1000.0, 3000.0]) == "2,000 +- 1,414"
