@@ -553,7 +553,7 @@ def make_planes(view):
     total, which would leak the whole map into a local critic.
     """
     board, clock = view.board, view.obs["real_env_steps"]
-    planes = np.zeros((NUM_PLANES, view.size, view.size), dtype=np.float32)
+    planes = np.zeros((NUM_PLANES, view.size, view.size), dtype=np.float16)
     planes[0] = board["rubble"] / 100
     planes[1] = board["ice"]
     steps_home = distance_transform_cdt(~view.own_tiles, metric="taxicab") if view.own_tiles.any() else view.size
@@ -571,7 +571,7 @@ def make_planes(view):
     planes[14, x, y] = np.sqrt(view.power / BATTERY_CAPACITY[view.kind])
     planes[15, x, y] = view.ice / CARGO_SPACE[view.kind]
     planes[16], planes[17] = clock % CYCLE_LENGTH / CYCLE_LENGTH, clock / EPISODE_STEPS
-    return planes.astype(np.float16)
+    return planes
 
 
 # ---- masks
