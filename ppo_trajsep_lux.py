@@ -479,7 +479,7 @@ class View:
                 factory = obs["factories"][player][factory_id]
                 strain, cargo = factory["strain_id"], factory["cargo"]
                 now = self.lichen_tiles[factory_id] = strains[strain + 1]
-                most = now if previous is None else max(now, previous.lichen_tiles[factory_id])
+                most = now if previous is None else max(now, previous.lichen_tiles[factory_id])  # of two steps
                 stock = (factory["power"], cargo["water"], cargo["metal"], cargo["ice"])
                 rows.append((slot, strain, most, *factory["pos"], *stock))
         rows = np.array(rows, dtype=np.int64).reshape(-1, 9)  # (f, 9)

@@ -482,7 +482,7 @@ class View:
                 factory = obs["factories"][player][factory_id]
                 strain, cargo = factory["strain_id"], factory["cargo"]
                 now = self.lichen_tiles[factory_id] = strains[strain + 1]
-                most = now if previous is None else max(now, previous.lichen_tiles[factory_id])
+                most = now if previous is None else max(now, previous.lichen_tiles[factory_id])  # of two steps
                 stock = (factory["power"], cargo["water"], cargo["metal"], cargo["ice"])
                 rows.append((slot, strain, most, *factory["pos"], *stock))
         rows = np.array(rows, dtype=np.int64).reshape(-1, 9)  # (f, 9)
@@ -556,7 +556,7 @@ def make_planes(view):
     total, which would leak the whole map into a local critic.
     """
     board, clock = view.board, view.obs["real_env_steps"]
-    planes = np.zeros((NUM_PLANES, view.size, view.size), dtype=np.float32)
+    planes = np.zeros((NUM_PLANES, view.size, view.size), dtype=np.float16)
     planes[0] = board["rubble"] / 100
     planes[1] = board["ice"]
     steps_home = distance_transform_cdt(~view.own_tiles, metric="taxicab") if view.own_tiles.any() else view.size
@@ -574,7 +574,7 @@ def make_planes(view):
     planes[14, x, y] = np.sqrt(view.power / BATTERY_CAPACITY[view.kind])
     planes[15, x, y] = view.ice / CARGO_SPACE[view.kind]
     planes[16], planes[17] = clock % CYCLE_LENGTH / CYCLE_LENGTH, clock / EPISODE_STEPS
-    return planes.astype(np.float16)
+    return planes
 
 
 # ---- masks
