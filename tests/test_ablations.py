@@ -1,6 +1,7 @@
 """The runner and the report, on made-up scripts and made-up curves."""
 
 import csv
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -174,3 +175,14 @@ def test_report_without_runs_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["report.py", "baselines", "--results", str(tmp_path)])
     with pytest.raises(SystemExit, match="run `python ablations/run.py baselines` first"):
         report.main()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ablations/results").glob("*/*.md")), ids=lambda path: path.stem)
+def test_committed_tables_are_those_of_the_committed_curves(path, tmp_path, monkeypatch):
+    """Made anew from the CSV files they are the same, and the README shows them or says where they are."""
+    shutil.copytree(path.parent, tmp_path / path.parent.name)
+    monkeypatch.setattr(sys, "argv", ["report.py", path.stem, "--scale", path.parent.name, "--results", str(tmp_path)])
+    report.main()
+    assert (tmp_path / path.parent.name / path.name).read_text() == path.read_text()
+    readme = (ROOT / "README.md").read_text()
+    assert path.read_text() in readme or f"({path.relative_to(ROOT)})" in readme
