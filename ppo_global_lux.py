@@ -32,11 +32,22 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.optim as optim
 import tyro
+from luxai_s2.actions import (
+    DigAction,
+    MoveAction,
+    PickupAction,
+    RechargeAction,
+    SelfDestructAction,
+    TransferAction,
+    format_factory_action,
+    validate_actions,
+)
 from luxai_s2.config import EnvConfig
 from luxai_s2.env import LuxAI_S2
 from luxai_s2.factory import Factory
 from luxai_s2.map.position import Position
 from luxai_s2.state import State
+from luxai_s2.utils.utils import is_day
 from scipy.ndimage import distance_transform_cdt, gaussian_filter, label
 from torch.distributions.categorical import Categorical
 from torch.utils.tensorboard import SummaryWriter
@@ -211,6 +222,7 @@ NO_OP, UP, RIGHT, DOWN, LEFT, DIG, DELIVER, PICK_UP = range(8)  # unit actions
 BUILD_LIGHT, BUILD_HEAVY, WATER = 1, 2, 3  # factory actions, beside NO_OP
 NUM_ACTIONS = 8
 DELTAS = np.array([[0, 0], [0, -1], [1, 0], [0, 1], [-1, 0]])  # stay, up, right, down, left
+STEPS = DELTAS.tolist()
 RING = np.array(  # from a factory's centre to the 12 tiles that touch it, where lichen starts
     [(d, side) for d in (-1, 0, 1) for side in (-2, 2)] + [(side, d) for d in (-1, 0, 1) for side in (-2, 2)]
 )
@@ -238,14 +250,8 @@ class MapError(RuntimeError):
 # ---- the engine: stock luxai_s2 without the work that a trainer does not need
 
 
-def beside(tiles):
-    """The tiles that touch one of `tiles`: bool (map_size, map_size)."""
-    out = np.zeros_like(tiles)
-    out[1:] |= tiles[:-1]
-    out[:-1] |= tiles[1:]
-    out[:, 1:] |= tiles[:, :-1]
-    out[:, :-1] |= tiles[:, 1:]
-    return out
+# Tiles, and their neighbours on one side: the map without one edge and without the opposite edge
+SIDES = [(np.s_[1:], np.s_[:-1]), (np.s_[:-1], np.s_[1:]), (np.s_[:, 1:], np.s_[:, :-1]), (np.s_[:, :-1], np.s_[:, 1:])]
 
 
 class Ground:
@@ -258,23 +264,21 @@ class Ground:
     def __init__(self, state, min_lichen_to_spread):
         board, strains = state.board, state.board.lichen_strains
         self.forbidden = (board.rubble > 0) | (board.factory_occupancy_map != -1) | (board.ice > 0) | (board.ore > 0)
-        self.owner = np.where(board.factory_occupancy_map != -1, board.factory_occupancy_map, strains)
+        self.bordered = np.full(np.add(strains.shape, 2), -1)
+        self.owner = self.bordered[1:-1, 1:-1]
+        self.owner[:] = np.where(board.factory_occupancy_map != -1, board.factory_occupancy_map, strains)
         self.empty, self.rich = (strains == -1) & ~self.forbidden, board.lichen >= min_lichen_to_spread
         self.connected, lichen = np.zeros_like(self.forbidden), (strains != -1) & ~self.forbidden
         if lichen.any():
-            factories = [factory for team in state.factories.values() for factory in team.values()]
+            roots, touching = np.zeros_like(lichen), False
+            for here, there in SIDES:
+                roots[here] |= strains[here] == board.factory_occupancy_map[there]
+                touching |= ((strains[here] != strains[there]) & lichen[here] & lichen[there]).any()
             # lichen of several factories that touches must not be labelled as one
-            touching = any(
-                ((one != other) & (one != -1) & (other != -1)).any()
-                for one, other in ((strains[1:], strains[:-1]), (strains[:, 1:], strains[:, :-1]))
-            )
-            for mask in [lichen & (strains == f.num_id) for f in factories] if touching else [lichen]:
+            for mask in [lichen & (strains == strain) for strain in np.unique(strains)] if touching else [lichen]:
                 labels, n = label(mask, CROSS)
                 hit = np.zeros(n + 1, dtype=bool)
-                for factory in factories:
-                    x, y = factory.ring
-                    hit[labels[x, y][strains[x, y] == factory.num_id]] = True
-                hit[0] = False
+                hit[labels[roots & mask]] = True
                 self.connected |= hit[labels]
 
     def grows(self, factory):
@@ -282,10 +286,14 @@ class Ground:
         own = self.connected & (self.owner == factory.num_id)
         reached = own.copy()
         reached[factory.ring] |= ~self.forbidden[factory.ring]
-        reached |= beside(reached & self.rich) & self.empty
-        foreign = (self.owner != -1) & (self.owner != factory.num_id)
-        reached &= own | ~beside(foreign)
-        return list(zip(*(axis.tolist() for axis in reached.nonzero()), strict=True))
+        spreads = reached & self.rich
+        if spreads.any():
+            for here, there in SIDES:
+                reached[here] |= spreads[there] & self.empty[here]
+        x, y = reached.nonzero()
+        around = self.bordered[x[:, None] + DELTAS[1:, 0] + 1, y[:, None] + DELTAS[1:, 1] + 1]  # (n, 4)
+        grows = own[x, y] | ((around == -1) | (around == factory.num_id)).all(1)
+        return list(zip(x[grows].tolist(), y[grows].tolist(), strict=True))
 
 
 class LazyFactory(Factory):
@@ -296,9 +304,6 @@ class LazyFactory(Factory):
     """
 
     ground, found = None, ()
-
-    def cache_water_info(self, board, env_cfg):
-        self.ground, self.found = board.ground, None
 
     @property
     def grow_lichen_positions(self):
@@ -337,7 +342,12 @@ class LiveState(State):
             "pos": (unit.pos.x, unit.pos.y),
             "power": unit.power,
             "cargo": unit.cargo.__dict__,
-            "action_queue": [action.state_dict() for action in unit.action_queue[:1]],
+            "action_queue": [
+                (0, action.move_dir, 0, 0, action.repeat, action.n)
+                if action.act_type == "move"
+                else action.state_dict()
+                for action in unit.action_queue[:1]
+            ],
         }
 
 
@@ -350,9 +360,16 @@ class FastPosition(Position):
     def __init__(self, x, y):
         self.x, self.y = x, y
 
-    def __add__(self, delta):
-        dx, dy = delta.tolist()
-        return FastPosition(self.x + dx, self.y + dy)
+
+def make_action(kind, direction, resource, amount, repeat, n):
+    """One row of a unit's queue as the engine's object."""
+    if kind == 0:
+        return MoveAction(direction, 1, repeat, n)
+    if kind == 1:
+        return TransferAction(direction, resource, amount, repeat, n)
+    if kind == 2:
+        return PickupAction(resource, amount, repeat, n)
+    return RechargeAction(amount, repeat, n) if kind == 5 else (DigAction, SelfDestructAction)[kind - 3](repeat, n)
 
 
 class FastLux(LuxAI_S2):
@@ -373,10 +390,98 @@ class FastLux(LuxAI_S2):
         return result
 
     def step(self, actions):
+        """One step of the game, in the engine's order; actions must be well-formed, and rewards are left out."""
+        state, board, cfg = self.state, self.state.board, self.env_cfg
         names = ("ice_dug", "ice_delivered", "ice_received", "rubble_cleared")
         self.meters = {name: defaultdict(int) for name in names}  # by entity id
         self.destroyed = []  # (player, tile) of the units that died
-        return super().step(actions)
+        if state.real_env_steps < 0:  # bids and placements
+            return super().step(actions)
+
+        # new orders: a unit pays for a new queue, or keeps the old one
+        wanted = defaultdict(list)  # by type of action: (unit or factory, action)
+        for player, orders in actions.items():
+            units, factories = state.units[player], state.factories[player]
+            for name, order in orders.items():
+                if name in factories:
+                    factories[name].action_queue.append(format_factory_action(order))
+                elif units[name].power >= units[name].unit_cfg.ACTION_QUEUE_POWER_COST:
+                    units[name].power -= units[name].unit_cfg.ACTION_QUEUE_POWER_COST
+                    units[name].action_queue = [make_action(*row) for row in order.tolist()]
+            for unit in units.values():
+                if unit.action_queue:
+                    wanted[unit.action_queue[0].act_type].append((unit, unit.action_queue[0]))
+            for factory in factories.values():
+                if factory.action_queue:
+                    action = factory.action_queue.pop(0)
+                    wanted[action.act_type].append((factory, action))
+
+        # what they can do, and the phases in which they do it
+        moves = self.possible_moves(wanted.pop("move", ()))
+        wanted = validate_actions(cfg, state, wanted)
+        self._handle_dig_actions(wanted)
+        self._handle_self_destruct_actions(wanted)
+        self._handle_factory_build_actions(wanted)
+        self.move(moves)
+        self._handle_recharge_actions(wanted)
+        ground = Ground(state, cfg.MIN_LICHEN_TO_SPREAD)
+        factories = [factory for team in state.factories.values() for factory in team.values()]
+        for factory in factories:
+            factory.ground, factory.found = ground, None
+        self._handle_factory_water_actions(wanted)
+        self._handle_transfer_actions(wanted)
+        self._handle_pickup_actions(wanted)
+
+        # lichen dries, factories refine and drink, the sun shines
+        board.lichen = (board.lichen - 1).clip(0, cfg.MAX_LICHEN_PER_TILE)
+        board.lichen_strains[board.lichen == 0] = -1
+        for factory in factories:
+            factory.refine_step(cfg)
+            factory.cargo.water -= cfg.FACTORY_WATER_CONSUMPTION
+            lichen = len(factory.connected_lichen_positions)
+            factory.power += cfg.FACTORY_CHARGE + lichen * cfg.POWER_PER_CONNECTED_LICHEN_TILE
+            if factory.cargo.water < 0:
+                self.destroy_factory(factory)
+        if is_day(cfg, state.real_env_steps):
+            for units in state.units.values():
+                for unit in units.values():
+                    unit.power = min(unit.power + unit.unit_cfg.CHARGE, unit.battery_capacity)
+        board.rubble[board.factory_occupancy_map != -1] = 0
+
+        self.env_steps, state.env_steps = self.env_steps + 1, state.env_steps + 1
+        over = not all(state.factories.values()) or state.real_env_steps >= cfg.max_episode_length
+        self.agents = [] if over else self.agents
+        return dict.fromkeys(PLAYERS, state.get_obs()), {}, dict.fromkeys(PLAYERS, over), {}, {}
+
+    def possible_moves(self, wanted):
+        """Those of the wanted moves that can be made: [(unit, action, x, y)]."""
+        board, moves = self.state.board, []
+        for unit, action in wanted:
+            dx, dy = STEPS[action.move_dir]
+            x, y = int(unit.pos.x) + dx, int(unit.pos.y) + dy
+            if 0 <= x < board.width and 0 <= y < board.height:
+                owner = board.factory_occupancy_map[x, y]
+                action.power_cost = unit.move_power_cost(board.rubble.item(x, y)) if action.move_dir else 0
+                if action.power_cost <= unit.power and (owner == -1 or owner in unit.team.factory_strains):
+                    moves.append((unit, action, x, y))
+        return moves
+
+    def move(self, moves):
+        """Make the moves; where units meet on a tile, the engine says who survives."""
+        tiles, movers = self.state.board.units_map, [move for move in moves if move[1].move_dir]
+        left = {f"{unit.pos.x},{unit.pos.y}" for unit, *_ in movers}
+        entered = {f"{x},{y}": unit for unit, _, x, y in movers}
+        meet = len(entered) < len(movers) or any(tile in tiles and tile not in left for tile in entered)
+        if meet or any(len(units) > 1 for units in tiles.values()):
+            return self._handle_movement_actions({"move": [(unit, action) for unit, action, _, _ in moves]})
+        for tile in left:
+            del tiles[tile]
+        tiles.update((tile, [unit]) for tile, unit in entered.items())
+        for unit, action, x, y in moves:
+            if action.move_dir:
+                unit.pos = FastPosition(x, y)
+                unit.power -= action.power_cost
+            unit.repeat_action(action)
 
     def add_factory(self, team, pos):
         factory = super().add_factory(team, pos)
@@ -385,10 +490,6 @@ class FastLux(LuxAI_S2):
             ring = factory.pos.pos + RING
             factory.ring = tuple(ring[((ring >= 0) & (ring < self.env_cfg.map_size)).all(1)].T)
         return factory
-
-    def _handle_recharge_actions(self, actions_by_type):  # the last thing before the engine looks for lichen
-        super()._handle_recharge_actions(actions_by_type)
-        self.state.board.ground = Ground(self.state, self.env_cfg.MIN_LICHEN_TO_SPREAD)
 
     def _handle_dig_actions(self, actions_by_type):
         rubble, diggers = self.state.board.rubble, [unit for unit, _ in actions_by_type["dig"]]
