@@ -179,6 +179,23 @@ def bench_training(path, flags, iterations, name):
     return rollout, update
 
 
+def bench_environments(flags, steps=300):
+    """Print how fast the environments alone are: random legal play in their processes, no network."""
+    args = script.tyro.cli(script.Args, args=flags)
+    script.check_args(args)
+    envs, rng = script.make_vector_env(args, [None] * args.num_envs), np.random.default_rng(0)
+    obs, _ = envs.reset(seed=list(range(args.num_envs)))
+    seconds = 0.0
+    for _ in range(steps):
+        mask = obs["action_mask"]
+        action = (rng.random(mask.shape) * mask).argmax(-1)
+        start = time.time()
+        obs = envs.step(action.reshape(envs.action_space.shape))[0]
+        seconds += time.time() - start
+    envs.close()
+    print(f"    environments alone      {steps * args.num_envs / seconds:7.0f} steps/s   random legal play, no network")
+
+
 def bench_passes(flags):
     """Seconds of the bare forward and backward passes of one update: the same network, batch and minibatches."""
     args = script.tyro.cli(script.Args, args=flags)
@@ -218,6 +235,7 @@ def main():
     flags = ([] if args.paper else SMALL) + (["--bf16"] if args.bf16 else [])
     print(f"Training: {' '.join(flags) or 'defaults'}")
     rollout, update = bench_training(ROOT / "ppo_trajsep_lux.py", flags, args.iterations, "this commit")
+    bench_environments(flags)
     passes = bench_passes(flags)
     print(f"    update                  {update / passes:.2f} x the bare forward and backward passes ({passes:.2f} s)")
     if args.baseline:
