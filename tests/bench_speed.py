@@ -226,6 +226,8 @@ def main():
     parser.add_argument("--iterations", type=int, default=6)
     parser.add_argument("--skip-engine", action="store_true")
     args = parser.parse_args()
+    if args.iterations < 3:
+        parser.error(f"--iterations must be at least 3, the first warms up; got {args.iterations}")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     print(
         f"{os.cpu_count()} cores, OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS')}, torch {torch.__version__}, {gpu}"
