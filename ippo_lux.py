@@ -227,7 +227,6 @@ STEPS = DELTAS.tolist()
 RING = np.array(  # from a factory's centre to the 12 tiles that touch it, where lichen starts
     [(d, side) for d in (-1, 0, 1) for side in (-2, 2)] + [(side, d) for d in (-1, 0, 1) for side in (-2, 2)]
 )
-CROSS = np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]])  # a tile and those beside it
 ENGINE_TYPE = np.array([0, 0, 0, 0, 0, 3, 1, 2])  # the engine's number for each unit action
 ICE, POWER = 0, 4  # the engine's numbers of resources
 
@@ -258,8 +257,8 @@ SIDES = [(np.s_[1:], np.s_[:-1]), (np.s_[:-1], np.s_[1:]), (np.s_[:, 1:], np.s_[
 class Ground:
     """The map as it was in the middle of a step, and where lichen would grow on it.
 
-    `owner` is the factory under a tile or whose lichen is on it, -1 for nobody; `connected` tells
-    which lichen reaches its own factory, for all factories at once.
+    `owner` is the factory under a tile or whose lichen is on it, -1 for nobody (`bordered` has a
+    border of -1 around it); `connected` tells which lichen reaches its own factory, for all at once.
     """
 
     def __init__(self, state, min_lichen_to_spread):
@@ -275,9 +274,9 @@ class Ground:
             for here, there in SIDES:
                 roots[here] |= strains[here] == board.factory_occupancy_map[there]
                 touching |= ((strains[here] != strains[there]) & lichen[here] & lichen[there]).any()
-            # lichen of several factories that touches must not be labelled as one
+            # lichen of two factories that touches must not be labelled as one
             for mask in [lichen & (strains == strain) for strain in np.unique(strains)] if touching else [lichen]:
-                labels, n = label(mask, CROSS)
+                labels, n = label(mask)
                 hit = np.zeros(n + 1, dtype=bool)
                 hit[labels[roots & mask]] = True
                 self.connected |= hit[labels]
@@ -311,11 +310,6 @@ class LazyFactory(Factory):
         if self.found is None:
             self.found = self.ground.grows(self)
         return self.found
-
-    @property
-    def connected_lichen_positions(self):  # the engine only counts them
-        ground = self.ground
-        return ground.owner[ground.connected & (ground.owner == self.num_id)] if ground.connected.any() else ()
 
 
 class LiveState(State):
@@ -436,11 +430,11 @@ class FastLux(LuxAI_S2):
         # lichen dries, factories refine and drink, the sun shines
         board.lichen = (board.lichen - 1).clip(0, cfg.MAX_LICHEN_PER_TILE)
         board.lichen_strains[board.lichen == 0] = -1
+        tiles = np.bincount(ground.owner[ground.connected], minlength=state.global_id).tolist()  # of lichen
         for factory in factories:
             factory.refine_step(cfg)
             factory.cargo.water -= cfg.FACTORY_WATER_CONSUMPTION
-            lichen = len(factory.connected_lichen_positions)
-            factory.power += cfg.FACTORY_CHARGE + lichen * cfg.POWER_PER_CONNECTED_LICHEN_TILE
+            factory.power += cfg.FACTORY_CHARGE + tiles[factory.num_id] * cfg.POWER_PER_CONNECTED_LICHEN_TILE
             if factory.cargo.water < 0:
                 self.destroy_factory(factory)
         if is_day(cfg, state.real_env_steps):
