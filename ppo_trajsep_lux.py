@@ -31,16 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.optim as optim
 import tyro
-from luxai_s2.actions import (
-    DigAction,
-    MoveAction,
-    PickupAction,
-    RechargeAction,
-    SelfDestructAction,
-    TransferAction,
-    format_factory_action,
-    validate_actions,
-)
+from luxai_s2 import actions as lux
 from luxai_s2.config import EnvConfig
 from luxai_s2.env import LuxAI_S2
 from luxai_s2.factory import Factory
@@ -360,12 +351,16 @@ class FastPosition(Position):
 def make_action(kind, direction, resource, amount, repeat, n):
     """One row of a unit's queue as the engine's object."""
     if kind == 0:
-        return MoveAction(direction, 1, repeat, n)
+        return lux.MoveAction(direction, 1, repeat, n)
     if kind == 1:
-        return TransferAction(direction, resource, amount, repeat, n)
+        return lux.TransferAction(direction, resource, amount, repeat, n)
     if kind == 2:
-        return PickupAction(resource, amount, repeat, n)
-    return RechargeAction(amount, repeat, n) if kind == 5 else (DigAction, SelfDestructAction)[kind - 3](repeat, n)
+        return lux.PickupAction(resource, amount, repeat, n)
+    return (
+        lux.RechargeAction(amount, repeat, n)
+        if kind == 5
+        else (lux.DigAction, lux.SelfDestructAction)[kind - 3](repeat, n)
+    )
 
 
 class FastLux(LuxAI_S2):
@@ -400,7 +395,7 @@ class FastLux(LuxAI_S2):
             units, factories = state.units[player], state.factories[player]
             for name, order in orders.items():
                 if name in factories:
-                    factories[name].action_queue.append(format_factory_action(order))
+                    factories[name].action_queue.append(lux.format_factory_action(order))
                 elif units[name].power >= units[name].unit_cfg.ACTION_QUEUE_POWER_COST:
                     units[name].power -= units[name].unit_cfg.ACTION_QUEUE_POWER_COST
                     units[name].action_queue = [make_action(*row) for row in order.tolist()]
@@ -414,7 +409,7 @@ class FastLux(LuxAI_S2):
 
         # what they can do, and the phases in which they do it
         moves = self.possible_moves(wanted.pop("move", ()))
-        wanted = validate_actions(cfg, state, wanted)
+        wanted = lux.validate_actions(cfg, state, wanted)
         self._handle_dig_actions(wanted)
         self._handle_self_destruct_actions(wanted)
         self._handle_factory_build_actions(wanted)
