@@ -349,17 +349,9 @@ class FastPosition(Position):
 
 def make_action(kind, direction, resource, amount, repeat, n):
     """One row of a unit's queue as the engine's object."""
-    if kind == 0:
-        return lux.MoveAction(direction, 1, repeat, n)
-    if kind == 1:
-        return lux.TransferAction(direction, resource, amount, repeat, n)
-    if kind == 2:
-        return lux.PickupAction(resource, amount, repeat, n)
-    return (
-        lux.RechargeAction(amount, repeat, n)
-        if kind == 5
-        else (lux.DigAction, lux.SelfDestructAction)[kind - 3](repeat, n)
-    )
+    types = "Move", "Transfer", "Pickup", "Dig", "SelfDestruct", "Recharge"
+    own = (direction, 1), (direction, resource, amount), (resource, amount), (), (), (amount,)
+    return getattr(lux, types[kind] + "Action")(*own[kind], repeat, n)
 
 
 class FastLux(LuxAI_S2):
