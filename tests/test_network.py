@@ -192,3 +192,10 @@ def test_the_last_batch_norm_has_the_statistics_of_all_tiles():
     expected = everywhere.mean((0, 2, 3)) + trunk.last[0].bias
     # within the forward pass the earlier norms used the batch's own statistics, which by then are the running ones
     torch.testing.assert_close(trunk.last[1].running_mean, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("norm, value", [("none", 1.0), ("spectral", 1.0), ("poster", 0.1)])
+def test_normed_values_are_tenths_of_the_heads_output(norm, value):
+    agent = Agent(8, 1, norm)
+    nn.init.zeros_(agent.critic_head.weight), nn.init.ones_(agent.critic_head.bias)
+    torch.testing.assert_close(agent.get_value(some_obs()), torch.full((3, 7), value))
