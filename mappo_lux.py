@@ -24,6 +24,7 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import gymnasium as gym
@@ -40,7 +41,7 @@ from luxai_s2.factory import Factory
 from luxai_s2.map.position import Position
 from luxai_s2.state import State
 from luxai_s2.utils.utils import is_day
-from scipy.ndimage import distance_transform_cdt, gaussian_filter, label
+from scipy.ndimage import gaussian_filter, label
 from torch.distributions.categorical import Categorical
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -218,6 +219,8 @@ STEPS = DELTAS.tolist()
 RING = np.array(  # from a factory's centre to the 12 tiles that touch it, where lichen starts
     [(d, side) for d in (-1, 0, 1) for side in (-2, 2)] + [(side, d) for d in (-1, 0, 1) for side in (-2, 2)]
 )
+RING_AND_AROUND = RING[:, None] + DELTAS  # (12, 5, 2): those tiles, and their neighbours
+FORBIDDEN = 10**6  # more power than any unit has
 ENGINE_TYPE = np.array([0, 0, 0, 0, 0, 3, 1, 2])  # the engine's number for each unit action
 ICE, POWER = 0, 4  # the engine's numbers of resources
 
@@ -530,6 +533,22 @@ def placement_score(obs, player):
 # ---- observation
 
 
+@lru_cache
+def steps_to(centres, size):
+    """Steps from every tile to the nearest of the factories with those centres, at most 20: (size, size), read-only."""
+    away = np.abs(np.arange(size) - np.array(centres, dtype=np.int64).reshape(-1, 2, 1))  # (f, 2, size)
+    x, y = np.maximum(away - 1, 0).swapaxes(0, 1)
+    return (x[:, :, None] + y[:, None]).min(0, initial=20)
+
+
+def with_margin(layer, outside):
+    """A layer (size, size) amid a margin of its own width that holds `outside`, flat: (9 * size * size,)."""
+    size = len(layer)
+    padded = np.full((3, size, 3, size), outside, dtype=np.int32)
+    padded[1, :, 1] = layer
+    return padded.ravel()
+
+
 class View:
     """One player's n units and f factories, read off the observation that the engine hands to players.
 
@@ -550,7 +569,7 @@ class View:
                 repeated = self.repeated_action(unit["action_queue"])
                 rows.append((slot, kind, *unit["pos"], unit["power"], unit["cargo"]["ice"], repeated))
         rows = np.array(rows, dtype=np.int64).reshape(-1, 7)  # (n, 7)
-        self.slot, self.kind, self.power, self.ice, self.queued = rows[:, [0, 1, 4, 5, 6]].T  # each (n,)
+        self.slot, self.kind, _, _, self.power, self.ice, self.queued = rows.T  # each (n,)
         self.pos = rows[:, 2:4]  # (n, 2)
 
         strains = np.bincount(self.board["lichen_strains"].ravel() + 1, minlength=obs["global_id"] + 1)
@@ -567,14 +586,19 @@ class View:
         self.factory_slot, self.strain, self.most_lichen = rows[:, :3].T  # each (f,)
         self.factory_pos, self.factory_stock = rows[:, 3:5], rows[:, 5:]  # (f, 2), (f, 4)
 
-        self.own_tiles, self.enemy_tiles = self.factory_tiles(player), self.factory_tiles(self.enemy)
+        own, enemy = ([tuple(f["pos"]) for f in obs["factories"][team].values()] for team in (player, self.enemy))
+        self.steps_home = steps_to(tuple(own), self.size)  # (map_size, map_size)
+        self.own_tiles, self.enemy_tiles = self.steps_home == 0, steps_to(tuple(enemy), self.size) == 0
         own_strain = np.zeros(obs["global_id"] + 1, dtype=bool)
         own_strain[np.array(obs["teams"][player]["factory_strains"]) + 1] = True
         self.own_lichen = own_strain[self.board["lichen_strains"] + 1]
-        around = self.pos[:, None] + DELTAS
-        x, y = np.clip(around, 0, self.size - 1).transpose(2, 0, 1)
-        # whether an own factory is under (0), above, right, below or left of each unit: bool (n, 5)
-        self.touching = self.own_tiles[x, y] & (around == np.stack((x, y), -1)).all(-1)
+        # whether each own factory is under (0), above, right, below or left of each unit: bool (n, 5, f)
+        away = (self.pos[:, None] + DELTAS)[:, :, None] - self.factory_pos  # (n, 5, f, 2)
+        self.touching = np.abs(away).max(-1) <= 1
+        # tiles by their numbers in flat layers with a margin, where a step in one direction is one addition
+        self.flat = np.array([3 * self.size, 1])
+        self.tile, self.factory_tile = (self.pos + self.size) @ self.flat, (self.factory_pos + self.size) @ self.flat
+        self.rubble = with_margin(np.where(self.enemy_tiles, FORBIDDEN, self.board["rubble"]), FORBIDDEN)
 
     def repeated_action(self, queue):
         """The action that a unit's queue repeats: a move, DIG, NO_OP for an empty queue, else -1."""
@@ -583,36 +607,24 @@ class View:
         kind, direction = queue[0][:2]
         return direction or -1 if kind == ENGINE_TYPE[UP] else DIG if kind == ENGINE_TYPE[DIG] else -1
 
-    def factory_tiles(self, player):
-        """The tiles under a player's factories: bool (map_size, map_size)."""
-        tiles = np.zeros((self.size, self.size), dtype=bool)
-        for factory in self.obs["factories"][player].values():
-            x, y = factory["pos"]
-            tiles[x - 1 : x + 2, y - 1 : y + 2] = True
-        return tiles
-
-    def step_costs(self, kind, tiles):
-        """Power that units of `kind` (n,) need to step onto `tiles` (n, m, 2), 10**6 if they must not: (n, m)."""
-        x, y = np.clip(tiles, 0, self.size - 1).transpose(2, 0, 1)
-        cost = np.floor(MOVE_COST[kind, None] + RUBBLE_MOVEMENT_COST[kind, None] * self.board["rubble"][x, y])
-        forbidden = ((tiles < 0) | (tiles >= self.size)).any(-1) | self.enemy_tiles[x, y]
-        return np.where(forbidden, 10**6, cost)
+    def step_costs(self, units, steps):
+        """Power that units (n,) need to step onto the tiles that lie `steps` (n, m) from theirs: (n, m)."""
+        kind, rubble = self.kind[units, None], self.rubble[self.tile[units, None] + steps]
+        return np.floor(MOVE_COST[kind] + RUBBLE_MOVEMENT_COST[kind] * rubble)
 
     def reach(self, units, directions, power):
         """How many steps in their directions the power of units lasts; all arguments (n,)."""
-        ahead = np.arange(1, self.size)[:, None] * DELTAS[directions][:, None]  # (n, map_size - 1, 2)
-        costs = self.step_costs(self.kind[units], self.pos[units, None] + ahead)
-        return (costs.cumsum(1) <= power[:, None]).sum(1)
+        ahead = (DELTAS @ self.flat)[directions, None] * np.arange(1, self.size)  # (n, map_size - 1)
+        return (self.step_costs(units, ahead).cumsum(1) <= power[:, None]).sum(1)
 
     def can_grow(self):
         """Whether lichen can grow next to each factory: bool (f,)."""
-        x, y = np.clip(self.factory_pos[:, None] + RING, 0, self.size - 1).transpose(2, 0, 1)  # (f, 12)
-        board, strain = self.board, self.strain[:, None]
+        board, strain = self.board, self.strain[:, None, None]
         bare = (board["rubble"] == 0) & (board["ice"] == 0) & (board["ore"] == 0) & ~self.own_tiles & ~self.enemy_tiles
-        nearby = np.clip(np.stack((x, y), -1)[:, :, None] + DELTAS[1:], 0, self.size - 1)  # (f, 12, 4, 2)
-        neighbours = board["lichen_strains"][nearby[..., 0], nearby[..., 1]]
-        foreign = ((neighbours != -1) & (neighbours != strain[..., None])).any(-1)
-        return (bare[x, y] & (~foreign | (board["lichen_strains"][x, y] == strain))).any(1)
+        ring = self.factory_tile[:, None, None] + RING_AND_AROUND @ self.flat  # (f, 12, 5)
+        strains = with_margin(board["lichen_strains"], -1)[ring]
+        friendly = ((strains == -1) | (strains == strain))[..., 1:].all(-1) | (strains == strain)[..., 0]
+        return (with_margin(bare, False)[ring[..., 0]] & friendly).any(1)
 
     def water_bound(self):
         """An upper bound of what it costs each factory to water its lichen: (f,).
@@ -637,9 +649,9 @@ def make_planes(view):
     planes = np.zeros((NUM_PLANES, view.size, view.size), dtype=np.float16)
     planes[0] = board["rubble"] / 100
     planes[1] = board["ice"]
-    steps_home = distance_transform_cdt(~view.own_tiles, metric="taxicab") if view.own_tiles.any() else view.size
-    planes[2] = np.minimum(steps_home / 10, 2)
-    planes[3], planes[4] = board["lichen"] * view.own_lichen / 100, board["lichen"] * ~view.own_lichen / 100
+    planes[2] = view.steps_home / 10
+    lichen = board["lichen"] / 100
+    planes[3], planes[4] = lichen * view.own_lichen, lichen * ~view.own_lichen
     planes[5], planes[6] = view.own_tiles, view.enemy_tiles
     stock = np.minimum(view.factory_stock / (3000, 300, 150, 1000), 2)  # power, water, metal, ice
     stock[:, 0] = np.sqrt(stock[:, 0])
@@ -668,33 +680,25 @@ def action_masks(view):
     update = np.where(np.arange(NUM_ACTIONS) == view.queued[:, None], 0, QUEUE_COST[kind, None])
     left = view.power[:, None] - update  # (n, NUM_ACTIONS) power left for the action itself
     legal = np.zeros((len(kind), NUM_ACTIONS), dtype=bool)
-    legal[:, UP : LEFT + 1] = left[:, UP : LEFT + 1] >= view.step_costs(kind, view.pos[:, None] + DELTAS[UP:])
+    legal[:, UP : LEFT + 1] = left[:, UP : LEFT + 1] >= view.step_costs(slice(None), DELTAS[UP:] @ view.flat)
     on_factory = view.own_tiles[x, y]
     obstacle = (board["rubble"][x, y] > 0) | ((board["lichen"][x, y] > 0) & ~view.own_lichen[x, y])
     ice_fits = (board["ice"][x, y] > 0) & (view.ice < CARGO_SPACE[kind])
     legal[:, DIG] = (obstacle | ice_fits) & ~on_factory & (left[:, DIG] >= DIG_COST[kind])
-    legal[:, DELIVER] = view.touching.any(-1) & (view.ice > 0) & (left[:, DELIVER] >= 0)
-    power_here = np.zeros((view.size, view.size), dtype=np.int64)
-    for (cx, cy), (power, *_) in zip(view.factory_pos, view.factory_stock, strict=True):
-        power_here[cx - 1 : cx + 2, cy - 1 : cy + 2] = power
-    hungry = (view.power < BATTERY_CAPACITY[kind]) & (power_here[x, y] > 0)
-    legal[:, PICK_UP] = on_factory & hungry & (left[:, PICK_UP] >= 0)
+    legal[:, DELIVER] = view.touching.any((1, 2)) & (view.ice > 0) & (left[:, DELIVER] >= 0)
+    power, water, metal, _ = view.factory_stock.T
+    power_here = view.touching[:, 0] @ power
+    legal[:, PICK_UP] = (view.power < BATTERY_CAPACITY[kind]) & (power_here > 0) & (left[:, PICK_UP] >= 0)
 
     mask = np.zeros((len(view.ids), NUM_ACTIONS), dtype=bool)
     mask[view.slot] = legal
     mask[:, NO_OP] = True
-    occupied = np.zeros((view.size, view.size), dtype=bool)
-    for player in PLAYERS:
-        for unit in view.obs["units"][player].values():
-            occupied[tuple(unit["pos"])] = True
-    power, water, metal, _ = view.factory_stock.T
-    centre_free = ~occupied[tuple(view.factory_pos.T)]
-    free_slots = sum(unit_id is None for unit_id in view.ids[: view.max_units])
-    for action, unit in ((BUILD_LIGHT, LIGHT), (BUILD_HEAVY, HEAVY)):
-        can_build = centre_free & (metal >= METAL_COST[unit]) & (power >= POWER_COST[unit])
-        if action == BUILD_LIGHT:  # whoever can build a heavy can build a light
-            in_time = np.cumsum(can_build) <= free_slots
-        mask[view.factory_slot, action] = can_build & in_time
+    occupied = {tuple(unit["pos"]) for player in PLAYERS for unit in view.obs["units"][player].values()}
+    centre_free = np.array([(x, y) not in occupied for x, y in view.factory_pos.tolist()], dtype=bool)[:, None]
+    can_build = centre_free & (metal[:, None] >= METAL_COST[LIGHT:]) & (power[:, None] >= POWER_COST[LIGHT:])  # (f, 2)
+    # whoever can build a heavy can build a light
+    in_time = can_build[:, :1].cumsum(0) <= view.ids[: view.max_units].count(None)
+    mask[view.factory_slot, BUILD_LIGHT : BUILD_HEAVY + 1] = can_build & in_time
     mask[view.factory_slot, WATER] = view.can_grow() & (water > view.water_bound())
     return mask
 
@@ -709,17 +713,16 @@ def resolve_collisions(pos, target, newborn):
     which units are being built. A mover is stopped if a parked unit, a newborn or an earlier mover
     has its target; that can stop others in turn, so it goes on to a fixed point. Swaps are legal.
     """
-    pos, goal = pos.tolist(), target.tolist()
-    while True:
-        taken = {*newborn.tolist(), *(tile for tile, stays in zip(pos, goal, strict=True) if tile == stays)}
-        clash = False
+    pos, goal, newborn = pos.tolist(), target.tolist(), newborn.tolist()
+    clash = len({*goal, *newborn}) < len(goal) + len(newborn)
+    while clash:
+        clash, taken = False, {*newborn, *(tile for tile, stays in zip(pos, goal, strict=True) if tile == stays)}
         for i, tile in enumerate(goal):
             if tile != pos[i]:
                 if tile in taken:
                     goal[i], clash = pos[i], True
                 taken.add(tile)
-        if not clash:
-            return target != goal
+    return target != goal
 
 
 def engine_actions(view, mask, action):
@@ -742,7 +745,7 @@ def engine_actions(view, mask, action):
     direction = np.where(act <= LEFT, act, 0)
     orders = np.zeros((len(units), 1, 6), dtype=np.int64)  # type, direction, resource, amount, repeat, n
     orders[:, 0, 0] = ENGINE_TYPE[act]
-    orders[:, 0, 1] = np.where(act == DELIVER, view.touching[units].argmax(1), direction)
+    orders[:, 0, 1] = np.where(act == DELIVER, view.touching[units].any(-1).argmax(1), direction)
     orders[:, 0, 2] = np.where(act == PICK_UP, POWER, ICE)
     # more power than there is room for would be wasted
     room = BATTERY_CAPACITY[kind] - (power - QUEUE_COST[kind])
@@ -788,8 +791,8 @@ def entity_rewards(args, kind, lost, ice_dug, ice_delivered, ice_received, rubbl
 
 def turn_tiles(xy, symmetry, size):
     """Where tiles (n, 2) lie after one of the square's symmetries, 0 to 7: transposed, then flipped."""
-    x, y = xy.T[::-1] if symmetry & 4 else xy.T
-    return np.stack((size - 1 - x if symmetry & 2 else x, size - 1 - y if symmetry & 1 else y), axis=-1)
+    turned = xy[:, ::-1] if symmetry & 4 else xy
+    return np.where((symmetry & 2, symmetry & 1), size - 1 - turned, turned)
 
 
 def turn_planes(planes, symmetry):
@@ -893,25 +896,24 @@ class LuxEnv(gym.Env):
         return obs
 
     def _observe(self, obs, rewards, dones):
-        self.masks, self.kinds, sides = [], [], []
+        seen = {key: np.zeros(space.shape, space.dtype) for key, space in self.observation_space.items()}
+        seen["reward"][:], seen["done"][:] = rewards, dones
+        self.masks, self.kinds = [], []
         self.symmetry = int(self.np_random.integers(8)) if self.args.augment else 0
         for side, player in enumerate(self.players):
             view = View(obs, player, self.ids[side], self.args.max_units, self.views[side])
             self.views[side] = view
+            seen["planes"][side] = turn_planes(make_planes(view), self.symmetry)
             self.masks.append(action_masks(view))
-            kind, pixel = np.zeros(self.num_slots, dtype=np.int8), np.zeros(self.num_slots, dtype=np.int64)
-            kind[view.slot], kind[view.factory_slot] = view.kind, FACTORY
-            pixel[view.slot] = turn_tiles(view.pos, self.symmetry, view.size) @ (view.size, 1)
-            pixel[view.factory_slot] = turn_tiles(view.factory_pos, self.symmetry, view.size) @ (view.size, 1)
-            mask = self.masks[side].astype(np.int8)
+            seen["unit_id"][side] = [0 if entity is None else int(entity.split("_")[1]) for entity in view.ids]
+            for slot, pos, kind in ((view.slot, view.pos, view.kind), (view.factory_slot, view.factory_pos, FACTORY)):
+                seen["kind"][side, slot] = kind
+                seen["pixel"][side, slot] = turn_tiles(pos, self.symmetry, view.size) @ (view.size, 1)
+            self.kinds.append(seen["kind"][side].copy())
+            mask = seen["action_mask"][side]
+            mask[:] = self.masks[side]
             mask[: view.max_units, TURNED[self.symmetry]] = self.masks[side][: view.max_units]
-            self.kinds.append(kind)
-            unit_id = [0 if entity is None else int(entity.split("_")[1]) for entity in view.ids]
-            planes = turn_planes(make_planes(view), self.symmetry)
-            sides.append((planes, pixel, kind, np.array(unit_id, np.int32), mask))
-        stacked = [np.stack(arrays) for arrays in (*zip(*sides, strict=True), rewards, np.array(dones, np.int8))]
-        keys = ("planes", "pixel", "kind", "unit_id", "action_mask", "reward", "done")
-        return dict(zip(keys, stacked, strict=True))
+        return seen
 
     def step(self, action):
         engine_action, action = {player: {} for player in PLAYERS}, np.array(action)
@@ -926,7 +928,7 @@ class LuxEnv(gym.Env):
             ids, kind = self.ids[side], self.kinds[side]
             units, factories = obs["units"][player], obs["factories"][player]
             lost = np.array([id_ is not None and id_ not in units and id_ not in factories for id_ in ids])
-            meters = {name: np.array([meter[id_] for id_ in ids]) for name, meter in self.engine.meters.items()}
+            meters = {name: np.array([meter.get(id_, 0) for id_ in ids]) for name, meter in self.engine.meters.items()}
             rewards.append(entity_rewards(self.args, kind, lost, **meters))
             dones.append(lost | (over & (kind != EMPTY)))
             # A newborn takes a slot that was free before the step: the done flag of a slot that
