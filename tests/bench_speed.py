@@ -3,6 +3,7 @@
     python tests/bench_speed.py                        at the small CPU setting of the README
     python tests/bench_speed.py --paper                at the paper's setting (48x48, 4 factories, 200K parameters)
     python tests/bench_speed.py --baseline COMMIT      the script of an older commit beside it, in turn
+    python tests/bench_speed.py --official             the engine's own wrapper (SB3Wrapper) as well
 
 The engine is measured at 80 units, 40 a team, in random legal play on 48x48: one game is played and
 its actions recorded, then both engines play them again. The rest comes from runs of the script
@@ -20,10 +21,13 @@ import tempfile
 import time
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import torch
 from luxai_s2.env import LuxAI_S2
 from luxai_s2.unit import UnitType
+from luxai_s2.wrappers import SB3Wrapper
+from luxai_s2.wrappers.controllers import Controller
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -122,21 +126,32 @@ def play(lichen):
     return log, wrapper_time / STEPS * 1e3, engine_time / STEPS * 1e3
 
 
-def replay(cls, log, lichen, **config):
-    """Steps per second of an engine that plays recorded actions."""
+def replay(cls, log, lichen, wrap=lambda engine: engine, **config):
+    """Steps per second of an engine that plays recorded actions, in a wrapper."""
     env = new_env()
     env.engine = cls(map_size=48, MIN_FACTORIES=4, MAX_FACTORIES=4, max_episode_length=1000, **config)
     env.map_seeds = iter([MAP_SEED])
     env.reset()
     crowd(env.engine, lichen)
-    actions = copy.deepcopy(log)
+    actions, engine = copy.deepcopy(log), wrap(env.engine)
     start = time.process_time()
     for action in actions:
-        env.engine.step(action)
+        engine.step(action)
     return len(log) / (time.process_time() - start)
 
 
-def bench_engine():
+class Recorded(Controller):
+    """The engine's wrapper asks a controller for each team's actions; these are the engine's already."""
+
+    def action_to_lux_action(self, agent, obs, action):
+        return action
+
+
+class GymLux(LuxAI_S2, gym.Env):
+    """The stock engine as gymnasium 1 wants it before it lets the engine's wrapper take it."""
+
+
+def bench_engine(official):
     print(f"Engine and wrapper, 48x48, {UNITS} units, random legal play of both sides, one process")
     for lichen in (False, True):
         log, wrapper, engine = play(lichen)
@@ -148,6 +163,11 @@ def bench_engine():
         )
         print(f"  {'with' if lichen else 'without'} lichen")
         print(f"    stock engine            {stock:7.0f} steps/s")
+        if official:
+            wrapped = replay(
+                GymLux, log, lichen, lambda engine: SB3Wrapper(engine, controller=Recorded(None)), verbose=0
+            )
+            print(f"    ... in its own wrapper  {wrapped:7.0f} steps/s")
         print(f"    fast engine             {fast:7.0f} steps/s   {fast / stock:.1f} x stock")
         print(f"    all else in the wrapper {wrapper:7.2f} ms/step   {wrapper * fast / 1e3:.1f} x a fast engine step")
         print(
@@ -223,6 +243,7 @@ def main():
     parser.add_argument("--paper", action="store_true", help="the paper's setting")
     parser.add_argument("--bf16", action="store_true", help="convolutions in bfloat16")
     parser.add_argument("--baseline", metavar="COMMIT", help="an older commit to measure in the same run")
+    parser.add_argument("--official", action="store_true", help="measure SB3Wrapper, without a controller's work")
     parser.add_argument("--iterations", type=int, default=6)
     parser.add_argument("--skip-engine", action="store_true")
     args = parser.parse_args()
@@ -233,7 +254,7 @@ def main():
         f"{os.cpu_count()} cores, OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS')}, torch {torch.__version__}, {gpu}"
     )
     if not args.skip_engine:
-        bench_engine()
+        bench_engine(args.official)
     flags = ([] if args.paper else SMALL) + (["--bf16"] if args.bf16 else [])
     print(f"Training: {' '.join(flags) or 'defaults'}")
     rollout, update = bench_training(ROOT / "ppo_trajsep_lux.py", flags, args.iterations, "this commit")
