@@ -1353,7 +1353,7 @@ if __name__ == "__main__":
     entity_values = torch.zeros(args.num_steps + 1, num_rows, num_slots).to(device)
 
     # ---- start the game
-    global_step, start_time = 0, time.time()
+    global_step, start_time, num_threads = 0, time.time(), torch.get_num_threads()
     seeds = np.random.SeedSequence(args.seed).generate_state(args.num_envs)
     next_obs = to_tensors(envs.reset(seed=[int(seed) for seed in seeds])[0], device)
     agent.refresh_batch_norm([next_obs])
@@ -1369,6 +1369,7 @@ if __name__ == "__main__":
 
         # ---- rollout
         rollout_start = time.time()
+        torch.set_num_threads(max(1, num_threads // 2))  # the environments' processes need cores as well
         episodes = {name: [] for name in EPISODE_STATS}
         for step in range(args.num_steps):
             global_step += args.num_envs
