@@ -103,6 +103,12 @@ FIGURES = {  # the first variant of each is what the others are compared with
     "fig6": (
         TRAJSEP,
         samples("top-advantage", 1, "38,072"),
+        ablation(
+            "top_advantage_1_all_values",
+            "1 by top-advantage, values on all",
+            "sample_reduction",
+            "--keep top-advantage --samples-per-step 1 --no-reduce-values",
+        ),
         samples("top-abs-advantage", 1, "33,926"),
         samples("top-return", 1, "23,156"),
         samples("random", 1, "2,550"),

@@ -2,8 +2,9 @@
 
 Of the groups that had a choice in an environment step, `--samples-per-step` are trained on: those
 with the highest advantage, absolute advantage or return, or random ones (`--keep`), by the
-advantages before normalisation. The rest count in no loss and in no normalisation.
-`ppo_trajsep_lux.py` is the parent; lines that say "Differs" or "Added" mark what is not the same.
+advantages before normalisation. The rest count in no loss and in no normalisation, or, with
+`--no-reduce-values`, in the value loss only: a critic that learns from none but the cells that did
+better than it said drifts upwards. `ppo_trajsep_lux.py` is the parent; lines that say "Differs" or "Added" mark what is not the same.
 
 GPU, the paper's setting:   python ablations/trajsep_sample_reduction_lux.py --keep random
 CPU, a run of minutes:      python ablations/trajsep_sample_reduction_lux.py --keep random --map-size 32 \
@@ -110,6 +111,9 @@ class Args:
     # Added to ppo_trajsep_lux: the selection
     samples_per_step: int = 1
     """how many groups of an environment step are trained on"""
+    # Added to ppo_trajsep_lux: the selection
+    reduce_values: bool = True
+    """whether the value loss, too, is over those groups only"""
 
     # The network
     channels: int = 56
@@ -1428,7 +1432,7 @@ if __name__ == "__main__":
             "advantages": advantages,
             "returns": returns,
             "values": trajectories.values,
-            "active": selected,
+            "active": selected if args.reduce_values else trajectories.active,
             "choice": selected,
         }
         batch = {key: value.flatten(0, 1) for key, value in batch.items()}  # (batch_size, ...)
