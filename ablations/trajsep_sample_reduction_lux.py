@@ -4,7 +4,8 @@ Of the groups that had a choice in an environment step, `--samples-per-step` are
 with the highest advantage, absolute advantage or return, or random ones (`--keep`), by the
 advantages before normalisation. The rest count in no loss and in no normalisation, or, with
 `--no-reduce-values`, in the value loss only: a critic that learns from none but the cells that did
-better than it said drifts upwards. `ppo_trajsep_lux.py` is the parent; lines that say "Differs" or "Added" mark what is not the same.
+better than it said drifts upwards. `ppo_trajsep_lux.py` is the parent; lines that say "Differs" or
+"Added" mark what is not the same.
 
 GPU, the paper's setting:   python ablations/trajsep_sample_reduction_lux.py --keep random
 CPU, a run of minutes:      python ablations/trajsep_sample_reduction_lux.py --keep random --map-size 32 \
