@@ -1,11 +1,11 @@
 """Trajectory separation on some cells of each step only on Lux AI Season 2 (Figs. 6 and 7), in one file.
 
-Of the groups that had a choice in an environment step, `--samples-per-step` are trained on: those
-with the highest advantage, absolute advantage or return, or random ones (`--keep`), by the
-advantages before normalisation. The rest count in no loss and in no normalisation, or, with
-`--no-reduce-values`, in the value loss only: a critic that learns from none but the cells that did
-better than it said drifts upwards. `ppo_trajsep_lux.py` is the parent; lines that say "Differs" or
-"Added" mark what is not the same.
+Of the groups that acted in an environment step, `--samples-per-step` are trained on: those with the
+highest advantage, absolute advantage or return, or random ones (`--keep`), by the advantages before
+normalisation. The rest count in no loss and in no normalisation, or, with `--no-reduce-values`, in
+the value loss only: a critic that learns from none but the cells that did better than it said
+drifts upwards. With as many samples as groups it is the parent. `ppo_trajsep_lux.py` is the parent;
+lines that say "Differs" or "Added" mark what is not the same.
 
 GPU, the paper's setting:   python ablations/trajsep_sample_reduction_lux.py --keep random
 CPU, a run of minutes:      python ablations/trajsep_sample_reduction_lux.py --keep random --map-size 32 \
@@ -1183,16 +1183,16 @@ def compute_gae(trajectories, gamma, gae_lambda):
 
 
 # Added to ppo_trajsep_lux: the selection
-def select_cells(advantages, returns, choice, keep, count):
-    """The `count` cells of each environment step to train on, out of those in `choice`: bool (..., G)."""
+def select_cells(advantages, returns, active, keep, count):
+    """The `count` cells of each environment step to train on, out of the active ones: bool (..., G)."""
     score = {
         "top-advantage": advantages,
         "top-abs-advantage": advantages.abs(),
         "top-return": returns,
         "random": torch.rand_like(advantages),
-    }[keep].masked_fill(~choice, -torch.inf)
+    }[keep].masked_fill(~active, -torch.inf)
     best = score.topk(min(count, score.shape[-1]), dim=-1).indices
-    return torch.zeros_like(choice).scatter(-1, best, True) & choice
+    return torch.zeros_like(active).scatter(-1, best, True) & active
 
 
 def masked_mean(x, mask):
@@ -1423,7 +1423,7 @@ if __name__ == "__main__":
         )
         advantages = compute_gae(trajectories, args.gamma, args.gae_lambda)  # (num_steps, num_rows, num_groups)
         returns = advantages + trajectories.values
-        selected = select_cells(advantages, returns, trajectories.choice, args.keep, args.samples_per_step)
+        selected = select_cells(advantages, returns, trajectories.active, args.keep, args.samples_per_step)
         batch = {  # a row is the map of one (step, environment) with all its cells
             **obs,
             "actions": actions,
@@ -1434,7 +1434,7 @@ if __name__ == "__main__":
             "returns": returns,
             "values": trajectories.values,
             "active": selected if args.reduce_values else trajectories.active,
-            "choice": selected,
+            "choice": selected & trajectories.choice,
         }
         batch = {key: value.flatten(0, 1) for key, value in batch.items()}  # (batch_size, ...)
 

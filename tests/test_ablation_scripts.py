@@ -180,7 +180,7 @@ def test_groups_do_not_turn_with_the_observation():
 
 ADVANTAGES = torch.tensor([[1.0, -5.0, 3.0, 9.0, 2.0], [0.5, -0.1, 0.0, 0.2, 0.1]])
 RETURNS = torch.tensor([[7.0, 1.0, 3.0, 9.0, 8.0], [-1.0, -2.0, -3.0, 0.0, 0.0]])
-CHOICE = torch.tensor([[1, 1, 1, 0, 1], [0, 1, 1, 0, 0]], dtype=torch.bool)  # the 9s have no choice
+ACTIVE = torch.tensor([[1, 1, 1, 0, 1], [0, 1, 1, 0, 0]], dtype=torch.bool)  # the 9s are of nobody
 
 
 @pytest.mark.parametrize(
@@ -195,21 +195,21 @@ CHOICE = torch.tensor([[1, 1, 1, 0, 1], [0, 1, 1, 0, 0]], dtype=torch.bool)  # t
     ],
 )
 def test_selected_cells(keep, count, expected):
-    selected = reduction.select_cells(ADVANTAGES, RETURNS, CHOICE, keep, count)
+    selected = reduction.select_cells(ADVANTAGES, RETURNS, ACTIVE, keep, count)
     assert [row.nonzero().flatten().tolist() for row in selected] == expected
 
 
-def test_random_cells_are_uniform_over_those_with_a_choice():
+def test_random_cells_are_uniform_over_the_active_ones():
     torch.manual_seed(0)
     shape = (4000, 5)
     drawn = reduction.select_cells(
-        ADVANTAGES[0].expand(shape), RETURNS[0].expand(shape), CHOICE[0].expand(shape), "random", 2
+        ADVANTAGES[0].expand(shape), RETURNS[0].expand(shape), ACTIVE[0].expand(shape), "random", 2
     )
     assert (drawn.sum(-1) == 2).all() and drawn[:, 3].sum() == 0
     share = drawn.float().mean(0)[[0, 1, 2, 4]]
     assert ((share - 0.5).abs() < 0.05).all()  # 2 of 4; the standard error is 0.008
 
 
-def test_a_step_without_choices_selects_nothing():
-    none = reduction.select_cells(ADVANTAGES, RETURNS, torch.zeros_like(CHOICE), "top-advantage", 2)
+def test_a_step_in_which_nobody_acts_selects_nothing():
+    none = reduction.select_cells(ADVANTAGES, RETURNS, torch.zeros_like(ACTIVE), "top-advantage", 2)
     assert not none.any()
