@@ -1185,13 +1185,9 @@ def compute_gae(trajectories, gamma, gae_lambda):
 # Added to ppo_trajsep_lux: the selection
 def select_cells(advantages, returns, active, keep, count):
     """The `count` cells of each environment step to train on, out of the active ones: bool (..., G)."""
-    score = {
-        "top-advantage": advantages,
-        "top-abs-advantage": advantages.abs(),
-        "top-return": returns,
-        "random": torch.rand_like(advantages),
-    }[keep].masked_fill(~active, -torch.inf)
-    best = score.topk(min(count, score.shape[-1]), dim=-1).indices
+    scores = {"top-advantage": advantages, "top-abs-advantage": advantages.abs(), "top-return": returns}
+    score = torch.rand_like(advantages) if keep == "random" else scores[keep]
+    best = score.masked_fill(~active, -torch.inf).topk(min(count, score.shape[-1]), dim=-1).indices
     return torch.zeros_like(active).scatter(-1, best, True) & active
 
 
