@@ -15,6 +15,7 @@ from collections import Counter
 
 import numpy as np
 import torch
+from torch import library
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import backend_registration
@@ -82,10 +83,10 @@ def main():
         sys.exit(f"{sys.argv[0]} does not choose its device by torch.device(...).")
 
     backend_registration._setup_privateuseone_for_python_backend("gpu", backend_module=Backend())
-    lowered, others = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")
+    lowered, others = library.Library("aten", "IMPL"), library.Library("_", "IMPL")
     for name in ("conv2d", "linear"):
         lowered.impl(name, autocast(getattr(torch.ops.aten, name)), "AutocastPrivateUse1")
-    others.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    others.fallback(library.fallthrough_kernel, "AutocastPrivateUse1")
     torch.cuda.is_available = lambda: True
     torch.nn.Module._apply = move_module
     torch.Tensor.numpy = zeros
