@@ -224,9 +224,13 @@ RING = np.array(  # from a factory's centre to the 12 tiles that touch it, where
     [(d, side) for d in (-1, 0, 1) for side in (-2, 2)] + [(side, d) for d in (-1, 0, 1) for side in (-2, 2)]
 )
 RING_AND_AROUND = RING[:, None] + DELTAS  # (12, 5, 2): those tiles, and their neighbours
+HUNDREDTHS = (np.arange(101) / 100).astype(np.float16)  # a look-up is several times as fast as the conversion
 FORBIDDEN = 10**6  # more power than any unit has
-ENGINE_TYPE = np.array([0, 0, 0, 0, 0, 3, 1, 2])  # the engine's number for each unit action
+REPEATED = {(0, UP): UP, (0, RIGHT): RIGHT, (0, DOWN): DOWN, (0, LEFT): LEFT, (3, 0): DIG}  # by type and direction
 ICE, POWER = 0, 4  # the engine's numbers of resources
+ORDERS = np.array(  # the engine's type, direction and resource for each unit action
+    [(0, 0, 0), (0, UP, 0), (0, RIGHT, 0), (0, DOWN, 0), (0, LEFT, 0), (3, 0, 0), (1, 0, ICE), (2, 0, POWER)]
+)
 
 ROBOTS = EnvConfig().ROBOTS
 
@@ -537,20 +541,33 @@ def placement_score(obs, player):
 # ---- observation
 
 
-@lru_cache
-def steps_to(centres, size):
-    """Steps from every tile to the nearest of the factories with those centres, at most 20: (size, size), read-only."""
-    away = np.abs(np.arange(size) - np.array(centres, dtype=np.int64).reshape(-1, 2, 1))  # (f, 2, size)
-    x, y = np.maximum(away - 1, 0).swapaxes(0, 1)
-    return (x[:, :, None] + y[:, None]).min(0, initial=20)
-
-
 def with_margin(layer, outside):
-    """A layer (size, size) amid a margin of its own width that holds `outside`, flat: (9 * size * size,)."""
+    """A layer (size, size) with a margin of its own width that holds `outside`, flat: (4 * size * size,).
+
+    The margin is on the right and below. It also serves as the one on the left, where it is the end
+    of the row before, and above, where numbers are negative and count from the end.
+    """
     size = len(layer)
-    padded = np.full((3, size, 3, size), outside, dtype=np.int32)
-    padded[1, :, 1] = layer
+    padded = np.full((2, size, 2, size), outside, dtype=np.int32)
+    padded[0, :, 0] = layer
     return padded.ravel()
+
+
+@lru_cache
+def factory_layers(own, enemy, size):
+    """Layers that stay as they are until a factory falls, from the factories' centres; read-only.
+
+    float16 (3, size, size): steps to the nearest own factory (at most 20, in tens), own factories,
+    enemy factories. Flat with a margin: the number of the own factory on a tile, -1 for none. And the
+    numbers of the tiles that are under enemy factories.
+    """
+    away = np.abs(np.arange(size) - np.array(own + enemy, dtype=np.int64).reshape(-1, 2, 1))  # (f, 2, size)
+    x, y = np.maximum(away - 1, 0).swapaxes(0, 1)
+    steps = x[:, :, None] + y[:, None]  # (f, size, size)
+    home, foe = steps[: len(own)].min(0, initial=20), (steps[len(own) :] == 0).any(0)
+    number = np.where(steps[: len(own)] == 0, np.arange(len(own))[:, None, None], -1).max(0, initial=-1)
+    planes = np.stack((home / 10, home == 0, foe)).astype(np.float16)
+    return planes, with_margin(number, -1), np.flatnonzero(with_margin(foe, False))
 
 
 class View:
@@ -569,12 +586,13 @@ class View:
         for slot, unit_id in enumerate(ids[:max_units]):
             if unit_id is not None:
                 unit = obs["units"][player][unit_id]
-                kind = LIGHT if unit["unit_type"] == "LIGHT" else HEAVY
-                repeated = self.repeated_action(unit["action_queue"])
-                rows.append((slot, kind, *unit["pos"], unit["power"], unit["cargo"]["ice"], repeated))
-        rows = np.array(rows, dtype=np.int64).reshape(-1, 7)  # (n, 7)
-        self.slot, self.kind, _, _, self.power, self.ice, self.queued = rows.T  # each (n,)
-        self.pos = rows[:, 2:4]  # (n, 2)
+                kind, queue = LIGHT if unit["unit_type"] == "LIGHT" else HEAVY, unit["action_queue"]
+                repeated = REPEATED.get(tuple(queue[0][:2]), -1) if len(queue) else NO_OP
+                number, power, ice = int(unit_id.split("_")[1]), unit["power"], unit["cargo"]["ice"]
+                rows.append((slot, number, kind, power, ice, repeated, *unit["pos"]))
+        rows = np.array(rows, dtype=np.int64).reshape(-1, 8)  # (n, 8)
+        self.slot, self.number, self.kind, self.power, self.ice, self.queued = rows[:, :6].T  # each (n,)
+        self.pos = rows[:, 6:]  # (n, 2)
 
         strains = np.bincount(self.board["lichen_strains"].ravel() + 1, minlength=obs["global_id"] + 1)
         rows, self.lichen_tiles = [], {}
@@ -590,26 +608,21 @@ class View:
         self.factory_slot, self.strain, self.most_lichen = rows[:, :3].T  # each (f,)
         self.factory_pos, self.factory_stock = rows[:, 3:5], rows[:, 5:]  # (f, 2), (f, 4)
 
-        own, enemy = ([tuple(f["pos"]) for f in obs["factories"][team].values()] for team in (player, self.enemy))
-        self.steps_home = steps_to(tuple(own), self.size)  # (map_size, map_size)
-        self.own_tiles, self.enemy_tiles = self.steps_home == 0, steps_to(tuple(enemy), self.size) == 0
+        own, enemy = self.factory_pos.tolist(), [factory["pos"] for factory in obs["factories"][self.enemy].values()]
+        centres = tuple(map(tuple, own)), tuple(map(tuple, enemy))
+        self.factory_planes, self.owner, forbidden = factory_layers(*centres, self.size)
         own_strain = np.zeros(obs["global_id"] + 1, dtype=bool)
         own_strain[np.array(obs["teams"][player]["factory_strains"]) + 1] = True
         self.own_lichen = own_strain[self.board["lichen_strains"] + 1]
-        # whether each own factory is under (0), above, right, below or left of each unit: bool (n, 5, f)
-        away = (self.pos[:, None] + DELTAS)[:, :, None] - self.factory_pos  # (n, 5, f, 2)
-        self.touching = np.abs(away).max(-1) <= 1
         # tiles by their numbers in flat layers with a margin, where a step in one direction is one addition
-        self.flat = np.array([3 * self.size, 1])
-        self.tile, self.factory_tile = (self.pos + self.size) @ self.flat, (self.factory_pos + self.size) @ self.flat
-        self.rubble = with_margin(np.where(self.enemy_tiles, FORBIDDEN, self.board["rubble"]), FORBIDDEN)
-
-    def repeated_action(self, queue):
-        """The action that a unit's queue repeats: a move, DIG, NO_OP for an empty queue, else -1."""
-        if len(queue) == 0:
-            return NO_OP
-        kind, direction = queue[0][:2]
-        return direction or -1 if kind == ENGINE_TYPE[UP] else DIG if kind == ENGINE_TYPE[DIG] else -1
+        self.flat = np.array([2 * self.size, 1])
+        self.barren = previous.barren if previous else with_margin(self.board["ice"] + self.board["ore"], 1)
+        self.tile, self.factory_tile = self.pos @ self.flat, self.factory_pos @ self.flat
+        self.steps = np.append(DELTAS @ self.flat, [0, 0, 0])  # for each unit action
+        self.rubble = with_margin(self.board["rubble"], FORBIDDEN)
+        self.rubble[forbidden] = FORBIDDEN
+        # the number of the own factory under (0), above, right, below or left of each unit, -1 for none: (n, 5)
+        self.touching = self.owner[self.tile[:, None] + self.steps[: LEFT + 1]]
 
     def step_costs(self, units, steps):
         """Power that units (n,) need to step onto the tiles that lie `steps` (n, m) from theirs: (n, m)."""
@@ -618,17 +631,17 @@ class View:
 
     def reach(self, units, directions, power):
         """How many steps in their directions the power of units lasts; all arguments (n,)."""
-        ahead = (DELTAS @ self.flat)[directions, None] * np.arange(1, self.size)  # (n, map_size - 1)
+        ahead = self.steps[directions, None] * np.arange(1, self.size)  # (n, map_size - 1)
         return (self.step_costs(units, ahead).cumsum(1) <= power[:, None]).sum(1)
 
     def can_grow(self):
         """Whether lichen can grow next to each factory: bool (f,)."""
-        board, strain = self.board, self.strain[:, None, None]
-        bare = (board["rubble"] == 0) & (board["ice"] == 0) & (board["ore"] == 0) & ~self.own_tiles & ~self.enemy_tiles
         ring = self.factory_tile[:, None, None] + RING_AND_AROUND @ self.flat  # (f, 12, 5)
-        strains = with_margin(board["lichen_strains"], -1)[ring]
+        first, strain = ring[..., 0], self.strain[:, None, None]
+        bare = (self.rubble[first] == 0) & (self.barren[first] == 0) & (self.owner[first] < 0)
+        strains = with_margin(self.board["lichen_strains"], -1)[ring]
         friendly = ((strains == -1) | (strains == strain))[..., 1:].all(-1) | (strains == strain)[..., 0]
-        return (with_margin(bare, False)[ring[..., 0]] & friendly).any(1)
+        return (bare & friendly).any(1)
 
     def water_bound(self):
         """An upper bound of what it costs each factory to water its lichen: (f,).
@@ -651,12 +664,11 @@ def make_planes(view):
     """
     board, clock = view.board, view.obs["real_env_steps"]
     planes = np.zeros((NUM_PLANES, view.size, view.size), dtype=np.float16)
-    planes[0] = board["rubble"] / 100
-    planes[1] = board["ice"]
-    planes[2] = view.steps_home / 10
-    lichen = board["lichen"] / 100
-    planes[3], planes[4] = lichen * view.own_lichen, lichen * ~view.own_lichen
-    planes[5], planes[6] = view.own_tiles, view.enemy_tiles
+    planes[0] = HUNDREDTHS[board["rubble"]]
+    planes[1] = HUNDREDTHS[board["ice"] * 100]
+    planes[2], planes[5], planes[6] = view.factory_planes
+    planes[3] = HUNDREDTHS[board["lichen"] * view.own_lichen]
+    planes[4] = HUNDREDTHS[board["lichen"] * ~view.own_lichen]
     stock = np.minimum(view.factory_stock / (3000, 300, 150, 1000), 2)  # power, water, metal, ice
     stock[:, 0] = np.sqrt(stock[:, 0])
     for (x, y), values in zip(view.factory_pos, stock, strict=True):
@@ -681,27 +693,25 @@ def action_masks(view):
     needs the power of the queue update on top. NO_OP is always legal, also in empty slots.
     """
     board, kind, (x, y) = view.board, view.kind, view.pos.T
-    update = np.where(np.arange(NUM_ACTIONS) == view.queued[:, None], 0, QUEUE_COST[kind, None])
+    update = QUEUE_COST[kind, None] * (np.arange(NUM_ACTIONS) != view.queued[:, None])
     left = view.power[:, None] - update  # (n, NUM_ACTIONS) power left for the action itself
     legal = np.zeros((len(kind), NUM_ACTIONS), dtype=bool)
-    legal[:, UP : LEFT + 1] = left[:, UP : LEFT + 1] >= view.step_costs(slice(None), DELTAS[UP:] @ view.flat)
-    on_factory = view.own_tiles[x, y]
+    legal[:, UP : LEFT + 1] = left[:, UP : LEFT + 1] >= view.step_costs(slice(None), view.steps[UP : LEFT + 1])
     obstacle = (board["rubble"][x, y] > 0) | ((board["lichen"][x, y] > 0) & ~view.own_lichen[x, y])
     ice_fits = (board["ice"][x, y] > 0) & (view.ice < CARGO_SPACE[kind])
-    legal[:, DIG] = (obstacle | ice_fits) & ~on_factory & (left[:, DIG] >= DIG_COST[kind])
-    legal[:, DELIVER] = view.touching.any((1, 2)) & (view.ice > 0) & (left[:, DELIVER] >= 0)
+    legal[:, DIG] = (obstacle | ice_fits) & (view.touching[:, 0] < 0) & (left[:, DIG] >= DIG_COST[kind])
+    legal[:, DELIVER] = (view.touching >= 0).any(1) & (view.ice > 0) & (left[:, DELIVER] >= 0)
     power, water, metal, _ = view.factory_stock.T
-    power_here = view.touching[:, 0] @ power
-    legal[:, PICK_UP] = (view.power < BATTERY_CAPACITY[kind]) & (power_here > 0) & (left[:, PICK_UP] >= 0)
+    power_here = (view.touching[:, :1] == np.flatnonzero(power > 0)).any(1)
+    legal[:, PICK_UP] = (view.power < BATTERY_CAPACITY[kind]) & power_here & (left[:, PICK_UP] >= 0)
 
     mask = np.zeros((len(view.ids), NUM_ACTIONS), dtype=bool)
     mask[view.slot] = legal
     mask[:, NO_OP] = True
-    occupied = {tuple(unit["pos"]) for player in PLAYERS for unit in view.obs["units"][player].values()}
-    centre_free = np.array([(x, y) not in occupied for x, y in view.factory_pos.tolist()], dtype=bool)[:, None]
+    centre_free = (view.factory_tile[:, None] != view.tile).all(1, keepdims=True)  # no enemy can be there
     can_build = centre_free & (metal[:, None] >= METAL_COST[LIGHT:]) & (power[:, None] >= POWER_COST[LIGHT:])  # (f, 2)
     # whoever can build a heavy can build a light
-    in_time = can_build[:, :1].cumsum(0) <= view.ids[: view.max_units].count(None)
+    in_time = can_build[:, :1].cumsum(0) <= view.max_units - len(view.slot)
     mask[view.factory_slot, BUILD_LIGHT : BUILD_HEAVY + 1] = can_build & in_time
     mask[view.factory_slot, WATER] = view.can_grow() & (water > view.water_bound())
     return mask
@@ -738,23 +748,20 @@ def engine_actions(view, mask, action):
     """
     action = np.where(mask[np.arange(len(mask)), action], action, NO_OP)
     chosen, act = action[view.factory_slot], action[view.slot]
-    flat = np.array([view.size, 1])
-    goal = view.pos + DELTAS[np.where(act <= LEFT, act, 0)]
-    newborn = view.factory_pos[(chosen == BUILD_LIGHT) | (chosen == BUILD_HEAVY)]
-    act = np.where(resolve_collisions(view.pos @ flat, goal @ flat, newborn @ flat), NO_OP, act)
+    newborn = view.factory_tile[(chosen == BUILD_LIGHT) | (chosen == BUILD_HEAVY)]
+    act = np.where(resolve_collisions(view.tile, view.tile + view.steps[act], newborn), NO_OP, act)
 
     units = np.flatnonzero((act != view.queued) & (view.power >= QUEUE_COST[view.kind]))
     act, kind, power = act[units], view.kind[units], view.power[units]
+    moving, deliver = np.flatnonzero((act > NO_OP) & (act <= LEFT)), act == DELIVER
     budget = power - 2 * QUEUE_COST[kind]  # one update now, one to cancel
-    direction = np.where(act <= LEFT, act, 0)
+    room = BATTERY_CAPACITY[kind] - (power - QUEUE_COST[kind])  # more power than that would be wasted
     orders = np.zeros((len(units), 1, 6), dtype=np.int64)  # type, direction, resource, amount, repeat, n
-    orders[:, 0, 0] = ENGINE_TYPE[act]
-    orders[:, 0, 1] = np.where(act == DELIVER, view.touching[units].any(-1).argmax(1), direction)
-    orders[:, 0, 2] = np.where(act == PICK_UP, POWER, ICE)
-    # more power than there is room for would be wasted
-    room = BATTERY_CAPACITY[kind] - (power - QUEUE_COST[kind])
-    orders[:, 0, 3] = np.where(act == PICK_UP, room, np.where(act == DELIVER, view.ice[units], 0))
-    n = np.where(direction > 0, view.reach(units, direction, budget), np.where(act == DIG, budget // DIG_COST[kind], 1))
+    orders[:, 0, :3] = ORDERS[act]
+    orders[:, 0, 1] += deliver * (view.touching[units] >= 0).argmax(1)
+    orders[:, 0, 3] = deliver * view.ice[units] + (act == PICK_UP) * room
+    n = np.where(act == DIG, budget // DIG_COST[kind], 1)
+    n[moving] = view.reach(units[moving], act[moving], budget[moving])
     orders[:, 0, 5] = np.maximum(n, 1)
     engine = {
         view.ids[slot]: order[:0] if choice == NO_OP else order
@@ -909,9 +916,11 @@ class LuxEnv(gym.Env):
             self.views[side] = view
             seen["planes"][side] = turn_planes(make_planes(view), self.symmetry)
             self.masks.append(action_masks(view))
-            seen["unit_id"][side] = [0 if entity is None else int(entity.split("_")[1]) for entity in view.ids]
-            for slot, pos, kind in ((view.slot, view.pos, view.kind), (view.factory_slot, view.factory_pos, FACTORY)):
-                seen["kind"][side, slot] = kind
+            for slot, pos, number, kind in (
+                (view.slot, view.pos, view.number, view.kind),
+                (view.factory_slot, view.factory_pos, view.strain, FACTORY),
+            ):
+                seen["unit_id"][side, slot], seen["kind"][side, slot] = number, kind
                 seen["pixel"][side, slot] = turn_tiles(pos, self.symmetry, view.size) @ (view.size, 1)
             self.kinds.append(seen["kind"][side].copy())
             mask = seen["action_mask"][side]
@@ -930,19 +939,21 @@ class LuxEnv(gym.Env):
         rewards, dones = [], []
         for side, player in enumerate(self.players):
             ids, kind = self.ids[side], self.kinds[side]
-            units, factories = obs["units"][player], obs["factories"][player]
-            lost = np.array([id_ is not None and id_ not in units and id_ not in factories for id_ in ids])
-            meters = {name: np.array([meter.get(id_, 0) for id_ in ids]) for name, meter in self.engine.meters.items()}
+            there = {None, *obs["units"][player], *obs["factories"][player]}
+            lost = np.array([id_ not in there for id_ in ids])
+            meters = {
+                name: np.fromiter(map(meter.__getitem__, ids), np.int64, len(ids))
+                for name, meter in self.engine.meters.items()
+            }
             rewards.append(entity_rewards(self.args, kind, lost, **meters))
             dones.append(lost | (over & (kind != EMPTY)))
             # A newborn takes a slot that was free before the step: the done flag of a slot that
             # is freed now has to be recorded first.
             free = iter([slot for slot in range(self.args.max_units) if ids[slot] is None])
-            ids = [None if gone else id_ for id_, gone in zip(ids, lost, strict=True)]
-            for unit_id in units:
-                if unit_id not in ids:
-                    ids[next(free)] = unit_id
-            self.ids[side] = ids
+            known, self.ids[side] = set(ids), [id_ if id_ in there else None for id_ in ids]
+            for unit_id in obs["units"][player]:
+                if unit_id not in known:
+                    self.ids[side][next(free)] = unit_id
             self._count(side, obs, rewards[side], meters)
         info = {"episode": {k: np.mean([stats[k] for stats in self.stats]) for k in EPISODE_STATS}} if over else {}
         return self._observe(obs, rewards, dones), float(np.sum(rewards)), over, False, info
@@ -958,10 +969,11 @@ class LuxEnv(gym.Env):
         stats["ice_dug"] += int(meters["ice_dug"].sum())
         stats["units_built"] = self.engine.built[player]
         lost = [tile for team, tile in self.engine.destroyed if team == player]
-        foes = {tile for team, tile in self.engine.destroyed if team == enemy}
-        foes.update(tuple(unit["pos"]) for unit in obs["units"][enemy].values())
-        stats["units_lost"] += len(lost)
-        stats["friendly_losses"] += sum(tile not in foes for tile in lost)  # no enemy had a part in it
+        if lost:
+            foes = {tile for team, tile in self.engine.destroyed if team == enemy}
+            foes.update(tuple(unit["pos"]) for unit in obs["units"][enemy].values())
+            stats["units_lost"] += len(lost)
+            stats["friendly_losses"] += sum(tile not in foes for tile in lost)  # no enemy had a part in it
 
 
 def make_vector_env(args, map_seeds):
