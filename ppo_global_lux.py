@@ -1410,6 +1410,7 @@ if __name__ == "__main__":
             progress.update(args.num_envs)
         with torch.no_grad():
             entity_values[args.num_steps] = agent.get_value(next_obs)
+        torch.set_num_threads(num_threads)
 
         # ---- trajectories
         # Differs from ppo_trajsep_lux: one trajectory for the whole team

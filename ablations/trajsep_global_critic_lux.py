@@ -1411,10 +1411,10 @@ if __name__ == "__main__":
             progress.update(args.num_envs)
         with torch.no_grad():
             entity_values[args.num_steps] = agent.get_value(next_obs)
+        torch.set_num_threads(num_threads)
 
         # ---- trajectories
         update_start = time.time()
-        torch.set_num_threads(num_threads)
         entity_mask = obs["kind"] != EMPTY  # (num_steps, num_rows, num_slots)
         group = group_index(obs["unit_id"], args.max_units, args.num_groups)
         trajectories = separate_trajectories(

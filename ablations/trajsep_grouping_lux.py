@@ -918,9 +918,11 @@ class LuxEnv(gym.Env):
             self.views[side] = view
             seen["planes"][side] = turn_planes(make_planes(view), self.symmetry)
             self.masks.append(action_masks(view))
-            seen["unit_id"][side] = [0 if entity is None else int(entity.split("_")[1]) for entity in view.ids]
-            for slot, pos, kind in ((view.slot, view.pos, view.kind), (view.factory_slot, view.factory_pos, FACTORY)):
-                seen["kind"][side, slot] = kind
+            for slot, pos, number, kind in (
+                (view.slot, view.pos, view.number, view.kind),
+                (view.factory_slot, view.factory_pos, view.strain, FACTORY),
+            ):
+                seen["unit_id"][side, slot], seen["kind"][side, slot] = number, kind
                 seen["pixel"][side, slot] = turn_tiles(pos, self.symmetry, view.size) @ (view.size, 1)
                 seen["tile"][side, slot] = pos @ (view.size, 1)
             self.kinds.append(seen["kind"][side].copy())
@@ -1415,6 +1417,7 @@ if __name__ == "__main__":
             progress.update(args.num_envs)
         with torch.no_grad():
             entity_values[args.num_steps] = agent.get_value(next_obs)
+        torch.set_num_threads(num_threads)
 
         # ---- trajectories
         # Differs from ppo_trajsep_lux: the grouping
