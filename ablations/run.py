@@ -14,6 +14,7 @@ import argparse
 import csv
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -183,7 +184,7 @@ def run_all(runs, jobs, threads):
                         tqdm.write(f"{run.name} failed with exit status {run.process.returncode}: see {run.log}")
                 progress.n = done_steps + sum(run.steps() for run in running)
                 progress.set_postfix_str(", ".join(run.name for run in running), refresh=True)
-        finally:  # also on Ctrl-C: no run goes on unseen
+        finally:  # also on Ctrl-C or SIGTERM: no run goes on unseen
             for run in running:
                 run.process.terminate()
             for run in running:
@@ -212,6 +213,7 @@ def main():
     if not runs:
         print("Every run of this figure is finished.")
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped: finished runs are kept, run again to go on."))
     failed = run_all(runs, args.jobs, max(1, cores // args.jobs))
     if failed:
         sys.exit(f"{len(failed)} of {len(runs)} runs failed: " + ", ".join(f"{run.name} ({run.log})" for run in failed))

@@ -1,9 +1,11 @@
 """The runner and the report, on made-up scripts and made-up curves."""
 
 import csv
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +62,23 @@ def test_runs_are_kept_and_skipped_and_a_failure_stops_no_other(project, monkeyp
     capsys.readouterr()
     call(monkeypatch, "one", "--seeds", "1", "2")
     assert "finished" in capsys.readouterr().out
+
+
+def test_a_stopped_runner_leaves_no_run_behind(tmp_path):
+    (tmp_path / "ablations").mkdir()
+    shutil.copy(ROOT / "ablations/run.py", tmp_path / "ablations")
+    fake = "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)\n"
+    (tmp_path / "ppo_trajsep_lux.py").write_text(fake)
+    command = [sys.executable, "ablations/run.py", "norms", "--seeds", "1", "--jobs", "1"]
+    runner = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    log, deadline = tmp_path / "runs/cpu-trajsep-1.log", time.time() + 60
+    while not (log.exists() and log.read_text().endswith("\n")) and time.time() < deadline:
+        time.sleep(0.1)
+    pid = int(log.read_text())
+    runner.terminate()
+    assert "run again to go on" in runner.communicate()[1] and runner.returncode == 1
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 def test_dry_run_prints_the_missing_commands(project, monkeypatch, capsys):
