@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
+from luxai_s2.state import State
 
 import ppo_trajsep_lux as script
 from ppo_trajsep_lux import (
@@ -32,6 +33,7 @@ from ppo_trajsep_lux import (
     action_masks,
     engine_actions,
     entity_rewards,
+    make_planes,
     make_vector_env,
     placement_score,
     resolve_collisions,
@@ -109,6 +111,24 @@ def test_planes_show_the_state_from_the_players_own_side():
             owner = state.factories[player] if obs["kind"][side, slot] == FACTORY else state.units[player]
             assert tuple(owner[entity].pos.pos) == (x, y)
             assert int(entity.split("_")[1]) == obs["unit_id"][side, slot]
+
+
+def test_the_engines_own_observation_gives_the_same():
+    """A submitted agent is handed that of `State.get_obs`: lists, arrays and whole queues, not live references."""
+    env, rng = rich_game(SELF, 2), np.random.default_rng(2)
+    obs, views, orders = env._observe(env.engine.state.get_obs(), 0, 0), [None, None], 0
+    for _ in range(100):
+        handed = State.get_obs(env.engine.state)
+        action = random_legal(env, rng)
+        for side, player in enumerate(PLAYERS):
+            view = views[side] = View(handed, player, env.ids[side], SELF.max_units, views[side])
+            np.testing.assert_array_equal(make_planes(view), obs["planes"][side])
+            np.testing.assert_array_equal(action_masks(view), env.masks[side])
+            theirs, ours = (engine_actions(v, env.masks[side], action[side]) for v in (view, env.views[side]))
+            assert theirs.keys() == ours.keys() and all(np.array_equal(theirs[name], ours[name]) for name in ours)
+            orders += len(ours)
+        obs, *_ = env.step(action)
+    assert orders > 500
 
 
 @pytest.mark.parametrize("opponent", ["idle", "self"])
@@ -240,12 +260,13 @@ def test_masked_out_actions_become_no_ops():
             np.testing.assert_array_equal(one[key], other[key])
 
 
-def test_a_repeated_choice_is_sent_once():
+@pytest.mark.parametrize("choices", [range(UP, LEFT + 1), [DIG]], ids=["moves", "dig"])
+def test_a_repeated_choice_is_sent_once(choices):
     env, rng = rich_game(SMALL, 0), np.random.default_rng(0)
     for _ in range(300):
         env.step(random_legal(env, rng))
         view, mask = env.views[0], env.masks[0]
-        goes_on = (view.queued > 0) & mask[view.slot, view.queued]
+        goes_on = np.isin(view.queued, choices) & mask[view.slot, view.queued]
         if goes_on.any():
             unit = np.flatnonzero(goes_on)[0]
             action = np.zeros(env.num_slots, dtype=int)
