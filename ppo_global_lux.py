@@ -221,11 +221,11 @@ RING = np.array(  # from a factory's centre to the 12 tiles that touch it, where
 RING_AND_AROUND = RING[:, None] + DELTAS  # (12, 5, 2): those tiles, and their neighbours
 HUNDREDTHS = (np.arange(101) / 100).astype(np.float16)  # a look-up is several times as fast as the conversion
 FORBIDDEN = 10**6  # more power than any unit has
-REPEATED = {(0, UP): UP, (0, RIGHT): RIGHT, (0, DOWN): DOWN, (0, LEFT): LEFT, (3, 0): DIG}  # by type and direction
 ICE, POWER = 0, 4  # the engine's numbers of resources
 ORDERS = np.array(  # the engine's type, direction and resource for each unit action
     [(0, 0, 0), (0, UP, 0), (0, RIGHT, 0), (0, DOWN, 0), (0, LEFT, 0), (3, 0, 0), (1, 0, ICE), (2, 0, POWER)]
 )
+REPEATED = {tuple(ORDERS[act, :2].tolist()): act for act in range(UP, DIG + 1)}  # what such an order goes on with
 
 ROBOTS = EnvConfig().ROBOTS
 
@@ -611,11 +611,12 @@ class View:
         self.own_lichen = own_strain[self.board["lichen_strains"] + 1]
         # tiles by their numbers in flat layers with a margin, where a step in one direction is one addition
         self.flat = np.array([2 * self.size, 1])
-        self.barren = previous.barren if previous else with_margin(self.board["ice"] + self.board["ore"], 1)
         self.tile, self.factory_tile = self.pos @ self.flat, self.factory_pos @ self.flat
-        self.steps = np.append(DELTAS @ self.flat, [0, 0, 0])  # for each unit action
+        self.steps = np.append(DELTAS @ self.flat, [0, 0, 0])  # what each unit action adds to the unit's tile
         self.rubble = with_margin(self.board["rubble"], FORBIDDEN)
         self.rubble[forbidden] = FORBIDDEN
+        # ice and ore stay, so this layer does
+        self.barren = previous.barren if previous else with_margin(self.board["ice"] + self.board["ore"], 1)
         # the number of the own factory under (0), above, right, below or left of each unit, -1 for none: (n, 5)
         self.touching = self.owner[self.tile[:, None] + self.steps[: LEFT + 1]]
 
