@@ -1365,14 +1365,11 @@ if __name__ == "__main__":
     num_slots = args.max_units + args.factories_per_team
     num_groups = (args.num_groups or args.max_units) + args.factories_per_team
     shape = (args.num_steps, num_rows, num_slots)
-    obs = {
-        "planes": torch.zeros(args.num_steps, num_rows, *first_obs["planes"].shape[1:], dtype=torch.float16),
-        "pixel": torch.zeros(shape, dtype=torch.int64),
-        "kind": torch.zeros(shape, dtype=torch.int8),
-        "unit_id": torch.zeros(shape, dtype=torch.int32),
-        "action_mask": torch.zeros(*shape, NUM_ACTIONS, dtype=torch.int8),
+    obs = {  # of the same types as the environment's arrays
+        key: torch.zeros(args.num_steps, num_rows, *value.shape[1:], dtype=torch.from_numpy(value).dtype, device=device)
+        for key, value in first_obs.items()
+        if key not in ("reward", "done")
     }
-    obs = {key: value.to(device) for key, value in obs.items()}
     actions = torch.zeros(shape, dtype=torch.int64).to(device)
     entity_logprobs = torch.zeros(shape).to(device)
     entity_reward = torch.zeros(shape).to(device)
