@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +18,9 @@ TINY = "--map-size 24 --factories-per-team 1 --max-units 16 --channels 8 --num-e
 TINY = tuple(TINY.split())
 
 
-def run(cwd, *flags, check=True):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / SCRIPT), *flags], cwd=cwd, capture_output=True, text=True, timeout=900
-    )
+def run(cwd, *flags, check=True, **env):
+    command = [sys.executable, str(ROOT / SCRIPT), *flags]
+    done = subprocess.run(command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=900)
     assert not check or done.returncode == 0, done.stderr
     return done
 
@@ -87,10 +87,14 @@ def test_evaluation_of_the_saved_model(finished_run):
     assert "maps of size 32" in other_size.stdout
 
 
-def test_same_seed_same_run(finished_run):
+def test_same_seed_same_run(finished_run, tmp_path):
+    """Also where processes start afresh in place of forking, as on macOS and Windows."""
     cwd, _ = finished_run
-    run(cwd, *TINY, "--total-timesteps", "512", "--num-minibatches", "4", "--run-name", "again")
-    run(cwd, *TINY, "--total-timesteps", "512", "--num-minibatches", "4", "--run-name", "other", "--seed", "2")
+    spawn = 'import multiprocessing\n\nmultiprocessing.set_start_method("spawn", force=True)\n'
+    (tmp_path / "sitecustomize.py").write_text(spawn)
+    flags = [*TINY, "--total-timesteps", "512", "--num-minibatches", "4"]
+    run(cwd, *flags, "--run-name", "again", PYTHONPATH=str(tmp_path))
+    run(cwd, *flags, "--run-name", "other", "--seed", "2")
     timing = ("charts/seconds", "charts/SPS", "charts/rollout_seconds", "charts/update_seconds")
     rows = {
         name: [{k: v for k, v in row.items() if k not in timing} for row in read_csv(cwd / f"runs/{name}/progress.csv")]
