@@ -190,7 +190,7 @@ def plot(variants, data, path):
             grid = np.arange(WINDOW, runs[0]["global_step"][-1] + 1, WINDOW)
             curves = np.array([np.interp(grid, *windows(run, metric)) for run in runs])
             mean, std = curves.mean(0), curves.std(0)
-            axis.plot(grid, mean, color=f"C{i}", label=f"{variant.label} ({len(runs)} seeds)")
+            axis.plot(grid, mean, color=f"C{i}", label=f"{variant.label} ({len(runs)} seed{'s' * (len(runs) > 1)})")
             axis.fill_between(grid, mean - std, mean + std, color=f"C{i}", alpha=0.2)
     levels = {
         "episode length (steps)": untrained(path.parent, "episodic_length"),
