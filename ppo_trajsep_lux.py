@@ -923,13 +923,13 @@ class LuxEnv(gym.Env):
             self.kinds.append(seen["kind"][side].copy())
             mask = seen["action_mask"][side]
             mask[:] = self.masks[side]
-            mask[: view.max_units, TURNED[self.symmetry]] = self.masks[side][: view.max_units]
+            mask[: view.max_units, TURNED[self.symmetry]] = self.masks[side][: view.max_units]  # factories do not turn
         return seen
 
     def step(self, action):
         engine_action, action = {player: {} for player in PLAYERS}, np.array(action)
         units = action[:, : self.args.max_units]
-        units[:] = TURNED[self.symmetry].argsort()[units]
+        units[:] = TURNED[self.symmetry].argsort()[units]  # from the directions that the network saw to the map's
         for side, player in enumerate(self.players):
             engine_action[player] = engine_actions(self.views[side], self.masks[side], action[side])
         obs, _, terminations, _, _ = self.engine.step(engine_action)
