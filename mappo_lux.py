@@ -169,6 +169,8 @@ RANGES = {  # what each number may be, ends included
         ("learning_rate clip_coef max_grad_norm target_kl", 1e-12, 10**6),
         ("ent_coef vf_coef", 0, 100),
         ("gamma gae_lambda", 0, 1),
+        ("reward_ice_dug reward_ice_delivered reward_ice_received reward_rubble_cleared", -1000, 1000),
+        ("reward_factory_alive reward_unit_lost reward_factory_lost", -1000, 1000),
         ("map_size", 24, 64),
         ("factories_per_team", 1, 10),
         ("eval_episodes", 1, 100_000),
@@ -1267,7 +1269,7 @@ def evaluate_checkpoint(args, weights, device):
     try:
         agent.load_state_dict(weights)
     except RuntimeError:
-        raise ValueError("The weights do not fit: leave --channels, --num-blocks and --norm as saved.") from None
+        raise ValueError("The weights do not fit: keep their script, --channels, --num-blocks and --norm.") from None
     print(f"{args.evaluate}: {args.eval_episodes} evaluation maps of size {args.map_size}, mean +- std over maps")
     print("| actions | " + " | ".join(EPISODE_STATS) + " |")
     print("|---" * (1 + len(EPISODE_STATS)) + "|")
