@@ -58,10 +58,20 @@ GLOBAL = Variant("global", "one global trajectory", "ppo_global_lux.py", "", "3,
 GLOBAL_REWARD = ablation(
     "own_reward_0", "own reward 0% (global reward)", "own_reward", "--own-reward 0", "9,614 +- 8,094"
 )
+PAPER_PPO = (  # probably the paper's (those of the organisers' baseline), and no symmetries
+    "--num-envs 4 --num-steps 1024 --num-minibatches 16 --update-epochs 4 "
+    "--learning-rate 3e-4 --ent-coef 0.01 --no-anneal-ent --no-augment"
+)
 FIGURES = {  # the first variant of each is what the others are compared with
     "baselines": (TRAJSEP, Variant("ippo", "IPPO", "ippo_lux.py"), MAPPO, GLOBAL),
     "norms": (TRAJSEP, Variant("poster_norms", "the poster's norms", "ppo_trajsep_lux.py", "--norm poster")),
     "epochs": (TRAJSEP, Variant("epochs_2", "2 epochs in place of 3", "ppo_trajsep_lux.py", "--update-epochs 2")),
+    "paper_ppo": (
+        TRAJSEP,
+        Variant("trajsep_paper_ppo", "trajectory separation, the paper's PPO", "ppo_trajsep_lux.py", PAPER_PPO),
+        GLOBAL,
+        Variant("global_paper_ppo", "one global trajectory, the paper's PPO", "ppo_global_lux.py", PAPER_PPO),
+    ),
     "fig8": (
         TRAJSEP,
         ablation("global_critic", "global critic", "global_critic", "", "30,687 +- 9,844"),
