@@ -58,8 +58,8 @@ GLOBAL = Variant("global", "one global trajectory", "ppo_global_lux.py", "", "3,
 GLOBAL_REWARD = ablation(
     "own_reward_0", "own reward 0% (global reward)", "own_reward", "--own-reward 0", "9,614 +- 8,094"
 )
-PAPER_PPO = (  # probably the paper's (those of the organisers' baseline), and no symmetries
-    "--num-envs 4 --num-steps 1024 --num-minibatches 16 --update-epochs 4 "
+PAPER_PPO = (  # probably the paper's (those of the organisers' baseline), for as many steps; and no symmetries
+    "--total-timesteps 102400 --num-envs 4 --num-steps 1024 --num-minibatches 16 --update-epochs 4 "
     "--learning-rate 3e-4 --ent-coef 0.01 --no-anneal-ent --no-augment"
 )
 FIGURES = {  # the first variant of each is what the others are compared with
@@ -68,9 +68,13 @@ FIGURES = {  # the first variant of each is what the others are compared with
     "epochs": (TRAJSEP, Variant("epochs_2", "2 epochs in place of 3", "ppo_trajsep_lux.py", "--update-epochs 2")),
     "paper_ppo": (
         TRAJSEP,
-        Variant("trajsep_paper_ppo", "trajectory separation, the paper's PPO", "ppo_trajsep_lux.py", PAPER_PPO),
+        Variant(
+            "trajsep_paper_ppo", "trajectory separation, paper's PPO, 102,400 steps", "ppo_trajsep_lux.py", PAPER_PPO
+        ),
         GLOBAL,
-        Variant("global_paper_ppo", "one global trajectory, the paper's PPO", "ppo_global_lux.py", PAPER_PPO),
+        Variant(
+            "global_paper_ppo", "one global trajectory, paper's PPO, 102,400 steps", "ppo_global_lux.py", PAPER_PPO
+        ),
     ),
     "fig8": (
         TRAJSEP,
@@ -145,6 +149,10 @@ class Run:
         flags = f"{SCALES[self.scale]} {self.variant.flags} --seed {self.seed} --run-name {self.name}"
         return [python, self.variant.script, *flags.split()]
 
+    def total_steps(self):
+        words = self.command("")
+        return int(words[len(words) - words[::-1].index("--total-timesteps")])  # the last one counts
+
     def start(self, threads):
         if self.folder.exists():
             self.folder.rename(f"{self.folder}-interrupted-{time.time():.0f}")
@@ -174,10 +182,8 @@ class Run:
 def run_all(runs, jobs, threads):
     """Start the runs as slots come free; the list of those that failed."""
     waiting, running, failed = list(runs), [], []
-    scale = SCALES[runs[0].scale].split()
-    per_run = int(scale[scale.index("--total-timesteps") + 1])
     done_steps = 0
-    with tqdm(total=per_run * len(runs), unit="step", smoothing=0.02) as progress:
+    with tqdm(total=sum(run.total_steps() for run in runs), unit="step", smoothing=0.02) as progress:
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
@@ -186,7 +192,7 @@ def run_all(runs, jobs, threads):
                 time.sleep(2)
                 for run in [run for run in running if run.process.poll() is not None]:
                     running.remove(run)
-                    done_steps += per_run
+                    done_steps += run.total_steps()
                     if run.process.returncode == 0:
                         run.keep()
                     else:
