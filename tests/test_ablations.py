@@ -99,6 +99,11 @@ def test_every_command_of_every_figure_is_understood():
         assert "--total-timesteps must hold one rollout" in done.stderr, (script, flags, done.stderr)
 
 
+def test_the_progress_bar_knows_how_long_a_run_is():
+    default, longer = run.FIGURES["paper_ppo"][:2]
+    assert [run.Run(variant, 1, "cpu").total_steps() for variant in (default, longer)] == [53248, 102400]
+
+
 def curve(path, ice, full_from, episodes=2):
     """A run of 4 rows of 4,096 steps; the ice of the last two rows and when episodes last 1,000 steps are given."""
     path.parent.mkdir(parents=True, exist_ok=True)
