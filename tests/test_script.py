@@ -142,7 +142,7 @@ def test_checkpoint_refusals(finished_run):
     torch.save({"other": 1}, cwd / "other.pt")
     one_sentence(run(cwd, "--evaluate", "other.pt", check=False), "not a model.pt of this script")
     wider = run(cwd, "--evaluate", "runs/smoke/model.pt", "--channels", "16", check=False)
-    one_sentence(wider, "--channels")
+    one_sentence(wider, "keep their script", "--channels")
     saved = str(cwd / "runs/smoke/model.pt")
     command = [sys.executable, str(ROOT / "ppo_global_lux.py"), "--evaluate", saved, "--no-cuda"]
     one_sentence(subprocess.run(command, capture_output=True, text=True), saved, "script")
