@@ -58,10 +58,13 @@ GLOBAL = Variant("global", "one global trajectory", "ppo_global_lux.py", "", "3,
 GLOBAL_REWARD = ablation(
     "own_reward_0", "own reward 0% (global reward)", "own_reward", "--own-reward 0", "9,614 +- 8,094"
 )
-PAPER_PPO = (  # probably the paper's (those of the organisers' baseline), for as many steps; and no symmetries
-    "--total-timesteps 102400 --num-envs 4 --num-steps 1024 --num-minibatches 16 --update-epochs 4 "
-    "--learning-rate 3e-4 --ent-coef 0.01 --no-anneal-ent --no-augment"
-)
+PAPER_PPO_PARTS = {  # probably the paper's: those of the organisers' baseline; and no symmetries
+    "rollout": "--num-envs 4 --num-steps 1024 --num-minibatches 16 --update-epochs 4",
+    "learning rate": "--learning-rate 3e-4",
+    "entropy": "--ent-coef 0.01 --no-anneal-ent",
+    "symmetries": "--no-augment",
+}
+PAPER_PPO = f"--total-timesteps 102400 {' '.join(PAPER_PPO_PARTS.values())}"
 FIGURES = {  # the first variant of each is what the others are compared with
     "baselines": (TRAJSEP, Variant("ippo", "IPPO", "ippo_lux.py"), MAPPO, GLOBAL),
     "norms": (TRAJSEP, Variant("poster_norms", "the poster's norms", "ppo_trajsep_lux.py", "--norm poster")),
@@ -75,6 +78,13 @@ FIGURES = {  # the first variant of each is what the others are compared with
         Variant(
             "global_paper_ppo", "one global trajectory, paper's PPO, 102,400 steps", "ppo_global_lux.py", PAPER_PPO
         ),
+    ),
+    "paper_ppo_parts": (
+        GLOBAL,
+        *[
+            Variant(f"global_paper_{part.replace(' ', '_')}", f"the paper's {part}", "ppo_global_lux.py", flags)
+            for part, flags in PAPER_PPO_PARTS.items()
+        ],
     ),
     "fig8": (
         TRAJSEP,
