@@ -839,7 +839,7 @@ class LuxEnv(gym.Env):
     those maps are played in turn instead. With `augment`, each observation is turned or mirrored by
     chance, and the action that answers it is turned back.
 
-    Raises MapError if 100 maps in a row have no ice or no room for the factories.
+    Raises MapError if the first 100 maps all have no ice or no room for the factories.
     """
 
     metadata = {"render_modes": []}
@@ -849,6 +849,7 @@ class LuxEnv(gym.Env):
         self.map_seeds = None if map_seeds is None else iter(map_seeds)
         self.players = PLAYERS if args.opponent == "self" else PLAYERS[:1]
         self.num_slots = args.max_units + args.factories_per_team
+        self.views = []  # of the sides, once a map has been found
         self.engine = FastLux(
             map_size=args.map_size,
             MIN_FACTORIES=args.factories_per_team,
@@ -874,16 +875,15 @@ class LuxEnv(gym.Env):
         map_seed = int(rng.integers(*seeds)) if self.map_seeds is None else next(self.map_seeds, 0)
         if self.map_seeds is not None:
             rng, seeds = np.random.default_rng(map_seed), (0, NUM_EVAL_MAPS)
-        for _ in range(MAX_MAP_DRAWS):
-            obs = self._start_game(map_seed)
-            if obs is not None:
-                break
+        obs, draws = self._start_game(map_seed), 1
+        while obs is None:
+            if draws == MAX_MAP_DRAWS and not self.views:  # a setting that had a map once will have another
+                raise MapError(
+                    f"{MAX_MAP_DRAWS} maps of size {self.args.map_size} had no ice or no room for "
+                    f"{self.args.factories_per_team} factories a team: raise --map-size or lower --factories-per-team."
+                )
             map_seed = int(rng.integers(*seeds))
-        else:
-            raise MapError(
-                f"{MAX_MAP_DRAWS} maps of size {self.args.map_size} had no ice or no room for "
-                f"{self.args.factories_per_team} factories a team: raise --map-size or lower --factories-per-team."
-            )
+            obs, draws = self._start_game(map_seed), draws + 1
         self.ids = [[None] * self.args.max_units + list(obs["factories"][player]) for player in self.players]
         self.views = [None] * len(self.players)
         self.stats = [dict.fromkeys(EPISODE_STATS, 0.0) for _ in self.players]

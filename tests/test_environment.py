@@ -483,6 +483,17 @@ def test_map_without_room_is_one_sentence():
         LuxEnv(Args(map_size=24, factories_per_team=10)).reset(seed=0)
 
 
+def test_bad_luck_with_maps_does_not_end_a_run_that_has_begun(monkeypatch):
+    env = LuxEnv(SMALL)
+    env.reset(seed=0)
+    start_game, draws = env._start_game, []
+    monkeypatch.setattr(
+        env, "_start_game", lambda seed: draws.append(seed) or (start_game(seed) if len(draws) > 150 else None)
+    )
+    env.reset()
+    assert len(set(draws)) == 151 and env.engine.state.seed == draws[-1]
+
+
 def test_evaluation_maps_are_played_in_turn():
     env = LuxEnv(SMALL, map_seeds=[5, 9])
     for seed in (5, 9):
