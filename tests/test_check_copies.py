@@ -1,5 +1,6 @@
 """The copies tool on broken copies: it reports the file and the line, shows the difference, and repairs it."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -37,6 +38,12 @@ def line_of(path, text):
 def test_the_repository_is_in_order():
     done = check(ROOT)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_says_how_many_lines_each_script_changes():
+    counts = dict(re.findall(r"(\S+): (\d+) lines added", check(ROOT, "--stat").stdout))
+    said = dict(re.findall(r"^\| `(\S+\.py)`.*\| (\d+) \|$", (ROOT / "README.md").read_text(), re.M))
+    assert len(counts) == 8 and said == counts
 
 
 def test_every_line_belongs_to_exactly_one_unit():
