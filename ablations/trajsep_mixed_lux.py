@@ -69,7 +69,7 @@ class Args:
     wandb_entity: str | None = None
     """the entity (team) of the wandb project"""
     save_model: bool = True
-    """whether to save weights and settings to runs/<run_name>/model.pt at the end"""
+    """whether to save weights and settings to runs/<run_name>/model.pt, after every iteration"""
     evaluate: str | None = None
     """play a saved model.pt instead of training; its settings become the defaults of all other flags"""
     eval_episodes: int = 16
@@ -1369,7 +1369,7 @@ if __name__ == "__main__":
     next_obs = to_tensors(envs.reset(seed=[int(seed) for seed in seeds])[0], device)
     agent.refresh_batch_norm([next_obs])
     csv_file = open(os.path.join(run_dir, "progress.csv"), "w", newline="")
-    csv_writer = None
+    csv_writer, model_path = None, os.path.join(run_dir, "model.pt")
     progress = tqdm(total=args.num_iterations * args.num_envs * args.num_steps, unit="step", disable=None)
 
     for iteration in range(1, args.num_iterations + 1):
@@ -1496,17 +1496,17 @@ if __name__ == "__main__":
             csv_writer.writeheader()
         csv_writer.writerow(row)
         csv_file.flush()
+        if args.save_model:  # also of a run that is stopped before its end, and never half a file
+            torch.save({"args": asdict(args), "model": agent.state_dict()}, model_path + ".tmp")
+            os.replace(model_path + ".tmp", model_path)
         if full:
             shown = ("episodic_return", "episodic_length", "ice_transferred")
             progress.set_postfix({name: f"{row[f'charts/{name}']:.1f}" for name in shown})
 
     # ---- the end
-    if args.save_model:
-        path = os.path.join(run_dir, "model.pt")
-        torch.save({"args": asdict(args), "model": agent.state_dict()}, path + ".tmp")
-        os.replace(path + ".tmp", path)  # a run that is killed while it saves leaves no half file
-        print(f"model saved to {path}")
     progress.close()
+    if args.save_model:
+        print(f"model saved to {model_path}")
     csv_file.close()
     envs.close()
     writer.close()

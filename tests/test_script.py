@@ -3,14 +3,16 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from ppo_trajsep_lux import RANGES, Args, check_args
+from ppo_trajsep_lux import RANGES, Agent, Args, check_args, load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = "ppo_trajsep_lux.py"
@@ -101,6 +103,22 @@ def test_same_seed_same_run(finished_run, tmp_path):
         for name in ("smoke", "again", "other")
     }
     assert rows["smoke"] == rows["again"] != rows["other"]
+
+
+def test_a_run_that_is_stopped_keeps_its_weights(tmp_path):
+    path = tmp_path / "runs/stopped/model.pt"
+    command = [sys.executable, str(ROOT / SCRIPT), *TINY, "--num-minibatches", "4", "--run-name", "stopped"]
+    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stdout=subprocess.DEVNULL)
+    try:
+        while not path.exists():
+            assert process.poll() is None
+            time.sleep(0.2)
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait() != 0
+    args, weights = load_checkpoint(path)
+    Agent(args.channels, args.num_blocks, args.norm).load_state_dict(weights)
+    assert args.channels == 8 and any(weight.any() for name, weight in weights.items() if name.endswith("bias"))
 
 
 def test_groups_self_play_and_norms_run(tmp_path):
