@@ -65,6 +65,13 @@ PAPER_PPO_PARTS = {  # probably the paper's: those of the organisers' baseline; 
     "symmetries": "--no-augment",
 }
 PAPER_PPO = f"--total-timesteps 102400 {' '.join(PAPER_PPO_PARTS.values())}"
+
+
+def paper_part(variant, part):
+    name = f"{variant.name}_paper_{part.replace(' ', '_')}"
+    return Variant(name, f"{variant.label}, the paper's {part}", variant.script, PAPER_PPO_PARTS[part])
+
+
 FIGURES = {  # the first variant of each is what the others are compared with
     "baselines": (TRAJSEP, Variant("ippo", "IPPO", "ippo_lux.py"), MAPPO, GLOBAL),
     "norms": (TRAJSEP, Variant("poster_norms", "the poster's norms", "ppo_trajsep_lux.py", "--norm poster")),
@@ -81,10 +88,9 @@ FIGURES = {  # the first variant of each is what the others are compared with
     ),
     "paper_ppo_parts": (
         GLOBAL,
-        *[
-            Variant(f"global_paper_{part.replace(' ', '_')}", f"the paper's {part}", "ppo_global_lux.py", flags)
-            for part, flags in PAPER_PPO_PARTS.items()
-        ],
+        *[paper_part(GLOBAL, part) for part in PAPER_PPO_PARTS],
+        TRAJSEP,
+        *[paper_part(TRAJSEP, part) for part in ("rollout", "learning rate")],  # those that the other does not bear
     ),
     "fig8": (
         TRAJSEP,
