@@ -202,8 +202,9 @@ def plot(variants, data, path):
         axis.set(xlabel="environment steps", ylabel=title, ylim=(0, None))
         axis.grid(alpha=0.3)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=4, fontsize=8)
-    figure.tight_layout(rect=(0, 0.1, 1, 1))
+    columns = 4 if max(map(len, labels)) < 50 else 3
+    figure.legend(handles, labels, loc="lower center", ncol=columns, fontsize=8)
+    figure.tight_layout(rect=(0, max(0.1, 0.05 * -(-len(labels) // columns)), 1, 1))
     figure.savefig(path, dpi=100)
 
 

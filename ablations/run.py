@@ -62,14 +62,14 @@ PAPER_PPO_PARTS = {  # probably the paper's: those of the organisers' baseline; 
     "rollout": "--num-envs 4 --num-steps 1024 --num-minibatches 16 --update-epochs 4",
     "learning rate": "--learning-rate 3e-4",
     "entropy": "--ent-coef 0.01 --no-anneal-ent",
-    "symmetries": "--no-augment",
+    "no symmetries": "--no-augment",
 }
 PAPER_PPO = f"--total-timesteps 102400 {' '.join(PAPER_PPO_PARTS.values())}"
 
 
 def paper_part(variant, part):
     name = f"{variant.name}_paper_{part.replace(' ', '_')}"
-    return Variant(name, f"{variant.label}, the paper's {part}", variant.script, PAPER_PPO_PARTS[part])
+    return Variant(name, f"{variant.label}, {part} as in the paper", variant.script, PAPER_PPO_PARTS[part])
 
 
 FIGURES = {  # the first variant of each is what the others are compared with
