@@ -106,17 +106,17 @@ def test_same_seed_same_run(finished_run, tmp_path):
 
 
 def test_a_run_that_is_stopped_keeps_its_weights(tmp_path):
-    path = tmp_path / "runs/stopped/model.pt"
+    folder = tmp_path / "runs/stopped"
     command = [sys.executable, str(ROOT / SCRIPT), *TINY, "--num-minibatches", "4", "--run-name", "stopped"]
     process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stdout=subprocess.DEVNULL)
     try:
-        while not path.exists():
+        while not (folder / "progress.csv").exists() or len(read_csv(folder / "progress.csv")) < 2:
             assert process.poll() is None
             time.sleep(0.2)
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         assert process.wait() != 0
-    args, weights = load_checkpoint(path)
+    args, weights = load_checkpoint(folder / "model.pt")
     Agent(args.channels, args.num_blocks, args.norm).load_state_dict(weights)
     assert args.channels == 8 and any(weight.any() for name, weight in weights.items() if name.endswith("bias"))
 
