@@ -1369,7 +1369,8 @@ if __name__ == "__main__":
     next_obs = to_tensors(envs.reset(seed=[int(seed) for seed in seeds])[0], device)
     agent.refresh_batch_norm([next_obs])
     csv_file = open(os.path.join(run_dir, "progress.csv"), "w", newline="")
-    csv_writer, model_path = None, os.path.join(run_dir, "model.pt")
+    csv_writer = None  # until the first row says what the columns are
+    model_path = os.path.join(run_dir, "model.pt")
     progress = tqdm(total=args.num_iterations * args.num_envs * args.num_steps, unit="step", disable=None)
 
     for iteration in range(1, args.num_iterations + 1):
