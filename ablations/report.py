@@ -1,176 +1,275 @@
-"""Tables and curves of a figure, from the CSV files under ablations/results/ alone.
+"""Tables and pictures, made from the files under ablations/results/ alone.
 
-    python ablations/report.py baselines [--scale cpu]
-    python ablations/report.py claims        the paper's rankings, pair by pair, from all figures' files
+    python ablations/report.py baselines [--scale cpu]   one figure: results/<scale>/<figure>.md and .png
+    python ablations/report.py claims                    the paper's claims beside ours: results/claims.md
+    python ablations/report.py all                       every figure of this scale that has curves, and the claims
+    python ablations/report.py --compare trajsep mine    folders of results; all are compared with the first
 
-Writes results/<scale>/<figure>.png and .md and prints the table. A number is the mean over seeds
-of a seed's mean over the episodes that ended in the last 8,192 environment steps, +- the standard
-deviation over seeds; curves are means over windows of 4,096 steps. Welch's t-test and Cohen's d
-(pooled standard deviation) compare with the first variant. A missing run is shown as missing. The
-dashed line is the untrained policy, where results/<scale>/untrained/ holds its `--evaluate` tables.
+METHOD below says how the numbers are made; it is printed before every table. Curves that are damaged or
+not finished are refused by name. The dashed line in a picture is the untrained policy, where
+results/<scale>/untrained/ holds its evaluation; the dotted one, at the paper's scale, the paper's curve.
 """
 
 import argparse
-import csv
 import re
 import sys
+from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-from scipy.stats import ttest_ind
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from run import FIGURES, ROOT, SCALES  # noqa: E402
+from curves import MEASURES, SAME_RUNS, compare, holm, interval, load, measure, middle_mean, runs_of  # noqa: E402
+from run import FIGURES, ROOT, SCALES, VARIANTS, Variant  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-WINDOW, FINAL = 4096, 8192  # environment steps
-METRICS = {
-    "ice_transferred": "ice",
-    "episodic_length": "length",
-    "episodic_return": "return",
-    "factory_count": "factory count",
-    "factories_alive": "factories alive",
+METHOD = """Chosen once for all tables: the main measure is the **ice of the run**, the area under the learning curve: \
+the mean over the run's windows of 4,096 steps (a thirteenth of a run of another length) of the ice that an episode \
+which ended there delivered. A window in which none ended lies on the line between its neighbours and counts 0 before \
+the first. Beside it the **end**, the episodes of the last two windows, and the step at which the first episode of \
+1,000 steps, a full one, ended ("10% full": the first window with that share of them, over all runs). Each number is a \
+mean over runs with its 95% interval: from five runs on by the BCa bootstrap, with the interquartile mean (IQM) beside \
+it, below by Student's t, because a bootstrap of three is too narrow. A **ratio** is the second's mean over the \
+first's. Its interval holds every ratio r for which Welch's test does not tell the second from r times the first: that \
+is sound for three runs, spans 1 exactly where Welch's p is above 0.05, and has no end where the first may be 0. p has \
+Holm's correction for all tests of the table; d is Cohen's. In pictures a band is the interval; below five runs thin \
+lines show each run instead.
+"""
+VERDICTS = """A claim `first > second` **agrees** if the interval of the ratio lies below 1 and holds the paper's \
+ratio; it **agrees in order only** if the paper's ratio (in brackets) is outside or not given; it is **not decided** \
+if the interval spans 1, and **contradicts** if it lies above. The paper's ice is that at the end of training, its \
+first full episode the step by which 10% of its episodes were. A run that never has an episode of 1,000 steps counts \
+with its length, and that claim has no p.
+"""
+# Commits of the curves of seeds 1 to 3, between which training is the same to the digit
+SAME_TRAINING = """ded624b ba62f97 ed12905 12e268d 1714c9c b121e8a 70b9f51 7ba5947 28d1e75 7d9b54a d4b30b6 7d588a7
+0bfc746 df73ba5 8703038 b890e22"""
+MAPS = {"cpu": "32x32", "paper": "48x48", "tiny": "24x24"}
+PAPER_CURVE = {  # trajectory separation, read off the paper's figure: thousands of steps, value
+    "episodic_length": ((4, 155), (16, 220), (20, 370), (29, 560), (33, 720), (37, 920), (49, 1000), (102, 1000)),
+    "ice_transferred": ((29, 2e3), (37, 9e3), (41, 13e3), (49, 18e3), (57, 24e3), (66, 32e3), (80, 37e3), (90, 41e3))
+    + ((102, 44.5e3),),
 }
-CLAIMS = (  # variants as the paper ranks them, best first
-    ("Fig. 8", "trajsep", "global_critic", "own_reward_0", "mappo"),
-    ("Fig. 8", "global", "mappo"),
-    ("Fig. 4", "trajsep", "groups_16", "groups_8", "groups_4", "groups_2", "groups_1"),
-    ("Fig. 3", "trajsep", "units_only", "two_trajectories", "groups_1", "global"),
-    ("Fig. 9", "trajsep", "own_reward_75", "own_reward_50", "own_reward_25", "own_reward_0"),
-    ("Fig. 6", "trajsep", "top_advantage_1", "top_abs_advantage_1", "top_return_1", "random_1"),
-    ("Fig. 5", "trajsep", "closest_heavy", "closest_factory", "quadrant"),
-    ("Fig. 7", "trajsep", "random_16", "random_8", "random_4", "random_2", "random_1"),
-    ("Fig. 10", "trajsep", "ippo"),
-    ("Fig. 10", "trajsep", "mappo"),
-)
-VERDICTS = {  # by (the same order here, p below 0.05)
-    (True, True): "holds",
-    (True, False): "the same order, p above 0.05",
-    (False, False): "not seen, p above 0.05",
-    (False, True): "the other way round",
+COLOURS = {  # Okabe and Ito's, safe for the colour-blind; a variant has the same in every picture
+    "#0072B2": "trajsep trajsep_paper_ppo:--",
+    "#000000": "global global_paper_ppo:--",
+    "#E69F00": "ippo ippo_share:-- groups_1:-- own_reward_25 closest_factory top_advantage_1_all_values random_4"
+    " poster_norms epochs_2 global_paper_rollout:-- trajsep_paper_rollout:-.",
+    "#D55E00": "mappo mappo_share:-- groups_2:-- quadrant top_advantage_1 random_2 global_paper_learning_rate:--"
+    " trajsep_paper_learning_rate:-.",
+    "#009E73": "global_critic groups_8:-- units_only own_reward_50 top_abs_advantage_1 random_8"
+    " global_paper_entropy:--",
+    "#56B4E9": "groups_16:-- own_reward_75 closest_heavy top_return_1 random_16",
+    "#CC79A7": "own_reward_0 groups_4:-- two_trajectories random_1 global_paper_no_symmetries:--",
+}
+LINES = {
+    (word := entry.partition(":"))[0]: (c, word[2] or "-") for c, names in COLOURS.items() for entry in names.split()
 }
 
 
-def read(path):
-    """A run's columns as float arrays, NaN where a field is blank."""
-    with open(path) as file:
-        rows = list(csv.DictReader(file))
-    return {key: np.array([float(row[key] or "nan") for row in rows]) for key in rows[0]}
+def paper_ice(name):
+    found = re.search(r"[\d,]+", VARIANTS[name].paper_ice)
+    return int(found.group().replace(",", "")) if found else None
 
 
-def episode_mean(run, metric, rows):
-    """Mean of a metric over the episodes that ended in the given rows (bool mask); NaN if none did."""
-    count = np.where(rows, run["charts/episodes"], 0)
-    return np.nansum(count * run[f"charts/{metric}"]) / count.sum() if count.sum() else np.nan
+def order(figure, names, scale="cpu"):
+    """Claims of a figure's order: more ice with the first than with each, and with each than with the next."""
+    names = names.split()
+    pairs = [(names[0], name) for name in names[1:]] + list(pairwise(names[1:]))
+    return [(figure, scale, "ice of the run", *pair, *map(paper_ice, pair)) for pair in pairs]
 
 
-def windows(run, metric):
-    """(end of each window, mean of the episodes that ended in it), without windows in which none did."""
-    step = run["global_step"]
-    ends = np.arange(WINDOW, step[-1] + WINDOW, WINDOW)
-    means = np.array([episode_mean(run, metric, (step > end - WINDOW) & (step <= end)) for end in ends])
-    return ends[~np.isnan(means)], means[~np.isnan(means)]
+def fig10(scale):
+    paper = {"length": (1000, 866.5, 391.1), "return": (87.51, 25.7, 6.33), "factory count": (4028.7, 1946.3, 1024.2)}
+    for other, i in (("ippo", 1), ("mappo", 2)):
+        yield from order("baselines", f"trajsep {other}", scale)
+        for name, values in paper.items():
+            yield "baselines", scale, f"{name} at the end", "trajsep", other, values[0], values[i]
 
 
-def final(run, metric):
-    return episode_mean(run, metric, run["global_step"] > run["global_step"][-1] - FINAL)
+FIRST = "first full episode"
+CLAIMS = {}  # figure, scale, measure, the first, which has more, and the second, the paper's value of each; each once
+for claim in (
+    *order("headline", "trajsep_paper_ppo global_paper_ppo", "paper"),
+    ("headline", "paper", FIRST, "global_paper_ppo", "trajsep_paper_ppo", 102400, 28672),
+    *order("baselines", "trajsep global", "paper"),
+    ("baselines", "paper", FIRST, "global", "trajsep", 102400, 28672),
+    *order("paper_ppo", "trajsep_paper_ppo global_paper_ppo"),
+    *order("baselines", "trajsep global"),
+    ("baselines", "cpu", FIRST, "global", "trajsep", 102400, 28672),
+    *fig10("paper"),
+    *fig10("cpu"),
+    *order("fig8", "trajsep global_critic own_reward_0 mappo"),
+    ("fig8", "cpu", FIRST, "global_critic", "trajsep", 40960, 28672),
+    ("fig8", "cpu", FIRST, "own_reward_0", "trajsep", 53248, 28672),
+    ("fig8", "cpu", FIRST, "mappo", "trajsep", 73728, 28672),
+    *order("fig4", "trajsep groups_16 groups_8 groups_4 groups_2 groups_1"),
+    *order("fig3", "trajsep units_only two_trajectories groups_1 global"),
+    *order("fig9", "trajsep own_reward_75 own_reward_50 own_reward_25 own_reward_0"),
+    *order("fig6", "trajsep top_advantage_1 top_abs_advantage_1 top_return_1 random_1"),
+    *order("fig5", "trajsep closest_heavy closest_factory quadrant"),
+    *order("fig7", "trajsep random_8 random_4 random_2 random_1"),
+):
+    CLAIMS.setdefault(claim[1:5], claim)
 
 
-def reached(runs, share):
-    """End of the first window in which this share of all runs' episodes lasted 1,000 steps, or 'never'."""
-    steps = runs[0]["global_step"]
-    for end in np.arange(WINDOW, steps[-1] + WINDOW, WINDOW):
-        full = episodes = 0
-        for run in runs:
-            rows = (run["global_step"] > end - WINDOW) & (run["global_step"] <= end)
-            count = np.where(rows, run["charts/episodes"], 0)
-            episodes += count.sum()
-            full += np.nansum(count * run["charts/full_episodes"])
-        if episodes and full / episodes >= share:
-            return f"{end:,.0f}"
-    return "never"
+def verdict(found, paper_ratio):
+    if found["low"] <= 1 <= found["high"]:
+        return "not decided"
+    if found["ratio"] > 1:
+        return "contradicts"
+    if paper_ratio is None:
+        return "agrees in order only"
+    return "agrees" if found["low"] <= paper_ratio <= found["high"] else "agrees in order only"
 
 
-def first_full(run):
-    rows = np.flatnonzero(run["charts/full_episodes"] > 0)
-    return f"{run['global_step'][rows[0]]:,.0f}" if len(rows) else "never"
+def number(value):
+    return f"{value:,.0f}" if abs(value) >= 100 or value == 0 else f"{value:.1f}"
 
 
-def spread(values):
-    digits = 1 if abs(np.mean(values)) < 1000 else 0
-    std = f" +- {np.std(values, ddof=1):,.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):,.{digits}f}{std}"
+def short(ratio):
+    return number(ratio) if abs(ratio) >= 10 or ratio == 0 else f"{ratio:.2g}" if abs(ratio) < 0.1 else f"{ratio:.2f}"
 
 
-def against(values, reference):
-    """Welch's t-test and Cohen's d of `values` against `reference`."""
-    if min(len(values), len(reference)) < 2:
-        return "too few seeds"
-    pooled = np.sqrt((np.var(values, ddof=1) + np.var(reference, ddof=1)) / 2)
-    p = ttest_ind(reference, values, equal_var=False).pvalue
-    return f"p = {p:.2g}, d = {(np.mean(reference) - np.mean(values)) / pooled:.1f}" if pooled else "no variance"
+def with_interval(values, name, statistic=np.mean):
+    low, high = interval(values, *MEASURES[name][1:], statistic)
+    return number(statistic(values)) + ("" if np.isnan(low) else f" [{number(low)}, {number(high)}]")
 
 
-def table(variants, data):
-    """Two Markdown tables: the final numbers, and when episodes last 1,000 steps."""
-    head = ["variant", "seeds", *METRICS.values(), "ice: against the first", "return: against the first", "paper's ice"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    reference = {metric: [final(run, metric) for run in data[variants[0].name].values()] for metric in METRICS}
+def ratio_text(found):
+    return f"{short(found['ratio'])} [{short(found['low'])}, {short(found['high'])}]".replace("inf", "no end")
+
+
+def row(cells):
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def names_of(curves):
+    """'1 2 3, random_16 1 2 3' for the runs of these names."""
+    seeds = defaultdict(list)
+    for name in curves:
+        seeds[name.rpartition(" ")[0]].append(name.rpartition(" ")[2])
+    return ", ".join(f"{other} {' '.join(numbers)}".strip() for other, numbers in seeds.items())
+
+
+def first_text(curves):
+    """The mean step of the first full episode, or each run's where one has none."""
+    steps = [curve.first_full() for curve in curves.values()]
+    if np.isnan(steps).any():
+        return ", ".join("never" if np.isnan(step) else number(step) for step in steps)
+    return with_interval(np.array(steps), "first full episode")
+
+
+def reached(curves, share):
+    """End of the first window in which this share of all runs' episodes lasted 1,000 steps."""
+    full, episodes = np.sum([curve.sums("full_episodes") for curve in curves.values()], 0)
+    windows = np.flatnonzero((episodes > 0) & (full >= share * episodes))
+    return number((windows[0] + 1) * next(iter(curves.values())).window) if len(windows) else "never"
+
+
+def notes(data):
+    """Under a table: which runs count under another name, and which curves come from which version of training."""
+    lines, curves_of, commits_of = [], defaultdict(lambda: defaultdict(list)), defaultdict(dict)
+    for (scale, name), curves in data.items():
+        if (scale, name) in SAME_RUNS:
+            other, reason = SAME_RUNS[scale, name]
+            lines.append(f"`{name}` on {MAPS[scale]} has the runs of `{other}` as well: {reason}.")
+        for seed, curve in curves.items():
+            commit, clean = curve.made.get("commit", "unknown"), curve.made.get("clean", True)
+            same = clean and commit.split()[0] in SAME_TRAINING.split()
+            version = "training that is the same to the digit" if same else f"training at commit {commit}"
+            version += "" if clean else " with changes that were not committed"
+            version += {True: ", in bfloat16", False: ", in float32"}.get(curve.made.get("bf16"), "")
+            curves_of[version][f"{MAPS[scale]} {name}"].append(seed)
+            commits_of[version] |= {commit: None} if same else {}
+    versions = sorted(curves_of, key=lambda version: -sum(map(len, curves_of[version].values())))
+    for version in versions:
+        which = "; ".join(f"{name} {names_of(seeds)}" for name, seeds in curves_of[version].items())
+        commits = f" (commits {', '.join(commits_of[version])})" if commits_of[version] else ""
+        lines.append(f"{'Curves' if version == versions[0] else f'But {which}'}: {version}{commits}.")
+    return "\n".join(lines) + "\n"
+
+
+def table(variants, data, scale):
+    """A figure's Markdown table; runs that count as the first variant's are compared with nothing."""
+    head = "variant | runs | steps | ice of the run | IQM | ice at the end | first full episode | 10% full | 95% full"
+    head += " | length at the end | return at the end | factory count at the end"
+    head += " | ratio to the first: ice of the run | ratio to the first: ice at the end | p | d | paper's ice"
+    columns, first, found = head.count("|") + 1, variants[0].name, {}
+    counted = [SAME_RUNS.get((scale, first), [""])[0]]
+    for name in (variant.name for variant in variants[1:]):
+        pairs = [compare(measure(data[first], part), measure(data[name], part)) for part in list(MEASURES)[:2]]
+        found |= {name: pairs} if all(pairs) and name not in counted else {}
+    corrected = dict(zip(found, holm([pair[0]["p"] for pair in found.values()]), strict=True))
+    lines = [f"| {head} |", "|---" * columns + "|"]
     for variant in variants:
-        runs = list(data[variant.name].values())
-        if not runs:
-            lines.append(f"| {variant.label} | missing |" + " |" * (len(head) - 2))
+        curves, name = data[variant.name], variant.name
+        if not curves:
+            lines.append(row([variant.label, "not run", *[""] * (columns - 3), variant.paper_ice]))
             continue
-        values = {metric: [final(run, metric) for run in runs] for metric in METRICS}
-        cells = [variant.label, " ".join(map(str, data[variant.name]))]
-        cells += [spread(values[metric]) for metric in METRICS]
-        for metric in ("ice_transferred", "episodic_return"):
-            cells.append("" if variant == variants[0] else against(values[metric], reference[metric]))
-        lines.append("| " + " | ".join([*cells, variant.paper_ice]) + " |")
-    lines += [
-        "",
-        "| variant | 10% of episodes last 1,000 steps | 95% | first such episode, by seed |",
-        "|---|---|---|---|",
-    ]
-    for variant in variants:
-        runs = data[variant.name]
-        if runs:
-            by_seed = "; ".join(f"{seed}: {first_full(run)}" for seed, run in runs.items())
-            shares = [reached(list(runs.values()), share) for share in (0.1, 0.95)]
-            lines.append(f"| {variant.label} | {shares[0]} | {shares[1]} | {by_seed} |")
-    return "\n".join(lines) + "\n"
+        ice, end = measure(curves, "ice of the run"), measure(curves, "ice at the end")
+        cells = [variant.label, names_of(curves), number(next(iter(curves.values())).steps)]
+        cells += [with_interval(ice, "ice of the run")]
+        cells += [with_interval(ice, "ice of the run", middle_mean) if len(ice) >= 5 else ""]
+        cells += [with_interval(end, "ice at the end"), first_text(curves), reached(curves, 0.1), reached(curves, 0.95)]
+        cells += [with_interval(measure(curves, part), part) for part in list(MEASURES)[3:]]
+        if name in found:
+            cells += [*map(ratio_text, found[name]), f"{corrected[name]:.2g}", f"{found[name][0]['d']:.1f}"]
+        else:
+            cells += ["counted in the first" if name in counted else "", "", "", ""]
+        lines.append(row([*cells, variant.paper_ice]))
+    return f"{METHOD}\n" + "\n".join(lines) + f"\n\n{notes({(scale, name): data[name] for name in data})}"
 
 
-def claims(variants, data):
-    """A Markdown table of each claim that one variant brings in more ice than the next, and what came out."""
-    head = ["figure", "claim: more ice with", "than with", "paper: second / first", "here", "Welch's p", "verdict"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for figure, *names in CLAIMS:
-        for pair in pairwise(names):
-            labels = [variants[name].label for name in pair]
-            paper = [re.search(r"[\d,]+", variants[name].paper_ice) for name in pair]
-            ratio = ""
-            if all(paper):
-                first, second = (int(number.group().replace(",", "")) for number in paper)
-                ratio = f"{second / first:.2f}"
-            ice = [[final(run, "ice_transferred") for run in data[name].values()] for name in pair]
-            if min(map(len, ice)) < 2:
-                lines.append("| " + " | ".join([figure, *labels, ratio, "", "", "missing"]) + " |")
-                continue
-            means, p = [np.mean(values) for values in ice], ttest_ind(*ice, equal_var=False).pvalue
-            verdict = VERDICTS[means[0] > means[1], p < 0.05]
-            lines.append(
-                "| " + " | ".join([figure, *labels, ratio, f"{means[1] / means[0]:.2f}", f"{p:.2g}", verdict]) + " |"
-            )
-    return "\n".join(lines) + "\n"
+def claims(results):
+    """Every claim of the paper that these curves can judge, in one Markdown table."""
+    head = "picture | claim | paper | its ratio | first here | second here | ratio | ratio of ice at the end"
+    head += " | p | d | verdict"
+    lines, found, p_values, counts = [f"| {head} |", "|---" * (head.count("|") + 1) + "|"], {}, {}, defaultdict(int)
+    data = {(scale, name): None for _, scale, _, *names, _, _ in CLAIMS.values() for name in names}
+    data = {key: runs_of(results, *key) for key in data}
+    for key, (_, scale, part, first, second, *_) in CLAIMS.items():
+        sides = data[scale, first], data[scale, second]
+        pairs = [compare(*[measure(side, name) for side in sides]) for name in (part, "ice at the end")]
+        found |= {key: pairs} if all(pairs) else {}
+        if all(pairs) and not (part == FIRST and "never" in " ".join(map(first_text, sides))):
+            p_values[key] = pairs[0]["p"]
+    p_values = dict(zip(p_values, holm([*p_values.values()]), strict=True))
+    for key, (figure, scale, part, first, second, *paper) in CLAIMS.items():
+        ratio, picture = paper[1] / paper[0] if all(paper) else None, f"{scale}/{figure}.png"
+        cells = [f"{MAPS[scale]}, {figure}"]
+        if (results / picture).exists():
+            cells = [f"[{cells[0]}](results/{picture})"]
+        cells += [f"{part}: {VARIANTS[first].label} > {VARIANTS[second].label}"]
+        cells += [" > ".join(f"{value:,}" if value else "?" for value in paper) if any(paper) else "order"]
+        cells += [short(ratio) if ratio else ""]
+        for name in (first, second):
+            curves = data[scale, name]
+            text = with_interval(measure(curves, part), part) if curves else "not run"
+            cells.append(first_text(curves) if curves and part == FIRST else text)
+        judged = "not run"
+        if key in found:
+            judged, (pair, end) = verdict(found[key][0], ratio), found[key]
+            cells += [ratio_text(pair), ratio_text(end) if part == "ice of the run" else ""]
+            cells += [f"{p_values[key]:.2g}" if key in p_values else "", f"{pair['d']:.1f}"]
+            away = f" ({short(pair['ratio'])} for {short(ratio)})" if ratio and "only" in judged else ""
+            cells += [f"**{judged}**{away}"]
+        else:
+            cells += ["", "", "", "", judged]
+        counts[judged] += 1
+        lines.append(row(cells))
+    total = ", ".join(f"{judged} {count}" for judged, count in sorted(counts.items(), key=lambda item: -item[1]))
+    firm = sum(p < 0.05 for p in p_values.values())
+    summary = f"{len(CLAIMS)} claims: {total}. After Holm's correction {firm} of those run have p below 0.05.\n"
+    return f"{METHOD}\n{VERDICTS}\n{summary}\n" + "\n".join(lines) + f"\n\n{notes(data)}"
 
 
 def untrained(folder, metric):
-    """Mean over the seeds of an untrained policy's `--evaluate` table (sampled actions); None without one."""
+    """Mean over the seeds of an untrained policy's evaluation (sampled actions); None without one."""
     values = []
     for path in sorted((folder / "untrained").glob("seed*_eval.txt")):
         rows = [[cell.strip() for cell in line.split("|")] for line in path.read_text().splitlines() if "|" in line]
@@ -181,55 +280,87 @@ def untrained(folder, metric):
 
 def plot(variants, data, path):
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5))
-    for i, variant in enumerate(variants):
-        runs = list(data[variant.name].values())
-        for axis, metric in zip(axes, ("episodic_length", "ice_transferred"), strict=True):
-            if not runs:
-                axis.plot([], [], color=f"C{i}", label=f"{variant.label} (missing)")
+    unused = [line for line in ((colour, "-.") for colour in COLOURS) if line not in LINES.values()]
+    titles = {"episodic_length": "episode length (steps)", "ice_transferred": "ice transferred per episode"}
+    for axis, (metric, title) in zip(axes, titles.items(), strict=True):
+        own, top = iter(unused), 0
+        for variant in variants:
+            colour, style = LINES.get(variant.name) or next(own, ("grey", "-."))
+            curves = list(data[variant.name].values())
+            label = f"{variant.label} ({len(curves)} run{'s' * (len(curves) > 1)})"
+            if not curves:
+                axis.plot([], [], style, color=colour, label=f"{variant.label} (not run)")
                 continue
-            grid = np.arange(WINDOW, runs[0]["global_step"][-1] + 1, WINDOW)
-            curves = np.array([np.interp(grid, *windows(run, metric)) for run in runs])
-            mean, std = curves.mean(0), curves.std(0)
-            axis.plot(grid, mean, color=f"C{i}", label=f"{variant.label} ({len(runs)} seed{'s' * (len(runs) > 1)})")
-            axis.fill_between(grid, mean - std, mean + std, color=f"C{i}", alpha=0.2)
-    levels = {
-        "episode length (steps)": untrained(path.parent, "episodic_length"),
-        "ice transferred per episode": untrained(path.parent, "ice_transferred"),
-    }
-    for axis, title in zip(axes, levels, strict=True):
-        if levels[title] is not None:
-            axis.axhline(levels[title], color="grey", linestyle="--", label="untrained policy")
-        axis.set(xlabel="environment steps", ylabel=title, ylim=(0, None))
+            values = np.array([curve.by_window(metric) for curve in curves])
+            steps = (1 + np.arange(values.shape[1])) * curves[0].window
+            axis.plot(steps, values.mean(0), style, color=colour, label=label)
+            if len(curves) >= 5:
+                bounds = np.array([interval(column) for column in values.T])
+                axis.fill_between(steps, *bounds.T, color=colour, alpha=0.15, linewidth=0)
+            elif len(curves) > 1:
+                axis.plot(steps, values.T, style, color=colour, alpha=0.35, linewidth=0.7)
+            top = np.nanmax([top, *values.ravel()])
+        if not top > 0:
+            print(f"{path}: the {title} has nothing to draw, because no episode ended.", file=sys.stderr)
+        if (level := untrained(path.parent, metric)) is not None:
+            axis.axhline(level, color="grey", linestyle="--", linewidth=0.8, label="untrained policy")
+        if path.parent.name == "paper":
+            x, y = np.transpose(PAPER_CURVE[metric])
+            axis.plot(1000 * x, y, color="grey", linestyle=":", label="the paper's trajectory separation, read off")
+            top = max(top, *y)
+        axis.set(xlabel="environment steps", ylabel=title, ylim=(0, 1.05 * top or None))
         axis.grid(alpha=0.3)
     handles, labels = axes[0].get_legend_handles_labels()
     columns = 4 if max(map(len, labels)) < 50 else 3
     figure.legend(handles, labels, loc="lower center", ncol=columns, fontsize=8)
     figure.tight_layout(rect=(0, max(0.1, 0.05 * -(-len(labels) // columns)), 1, 1))
     figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def report(results, scale, name, variants):
+    """Write and print one table with its picture."""
+    data = {variant.name: runs_of(results, scale, variant.name) for variant in variants}
+    if not data[variants[0].name]:
+        sys.exit(
+            f"{results / scale / variants[0].name} holds no seedN.csv: start its runs with ablations/run.py first."
+        )
+    text = table(variants, data, scale)
+    plot(variants, data, results / scale / f"{name}.png")
+    (results / scale / f"{name}.md").write_text(text)
+    print(text, end="")
+
+
+def own_variant(folder):
+    """A variant that run.py does not list, by the label in what was recorded beside its curves."""
+    labels = [curve.made["label"] for curve in load(folder).values() if "label" in curve.made]
+    if not folder.is_dir():
+        sys.exit(f"There is no {folder}: start its runs with ablations/run.py --script first.")
+    return Variant(folder.name, labels[0] if labels else folder.name, "")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("figure", choices=[*FIGURES, "claims"])
-    parser.add_argument("--scale", choices=SCALES, default="cpu")
+    parser.add_argument("figure", nargs="?", choices=[*FIGURES, "claims", "all"])
+    parser.add_argument("--compare", nargs="+", metavar="FOLDER", help="folders of results in place of a figure")
+    parser.add_argument("--scale", choices=SCALES, help="default: cpu, or paper for the headline")
     parser.add_argument("--results", type=Path, default=ROOT / "ablations/results")
     args = parser.parse_args()
-    figures = FIGURES if args.figure == "claims" else [args.figure]
-    folder, variants = args.results / args.scale, {v.name: v for figure in figures for v in FIGURES[figure]}
-    data = {
-        name: {int(path.stem[4:]): read(path) for path in sorted((folder / name).glob("seed*.csv"))}
-        for name in variants
-    }
-    first = next(iter(variants))
-    if not data[first]:
-        sys.exit(f"{folder / first} holds no seedN.csv: run `python ablations/run.py {figures[0]}` first.")
-    if args.figure == "claims":
-        text = claims(variants, data)
-    else:
-        text = table(list(variants.values()), data)
-        plot(list(variants.values()), data, folder / f"{args.figure}.png")
-    (folder / f"{args.figure}.md").write_text(text)
-    print(text, end="")
+    scale = args.scale or ("paper" if args.figure == "headline" else "cpu")
+    if (args.figure is None) == (args.compare is None):
+        sys.exit("Name a figure, or folders of results with --compare.")
+    if args.compare:
+        variants = [VARIANTS.get(name) or own_variant(args.results / scale / name) for name in args.compare]
+        return report(args.results, scale, "compare_" + "_".join(args.compare), variants)
+    made = [(scale, args.figure)] if args.figure in FIGURES else []
+    if args.figure == "all":
+        made = [(path.parent.name, path.stem) for path in sorted(args.results.glob("*/*.md")) if path.stem in FIGURES]
+    for scale, figure in made:
+        report(args.results, scale, figure, FIGURES[figure])
+    if args.figure in ("claims", "all"):
+        text = claims(args.results)
+        (args.results / "claims.md").write_text(text)
+        print(text, end="")
 
 
 if __name__ == "__main__":

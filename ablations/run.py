@@ -1,32 +1,43 @@
 """Runs the comparisons: every variant of a figure with every seed, several at a time.
 
     python ablations/run.py baselines                      the four scripts, seeds 1 to 3, at the CPU scale
-    python ablations/run.py fig4 --seeds 1 2 --scale paper
-    python ablations/run.py all --dry-run                  print the commands, one a line, for a scheduler
+    python ablations/run.py fig4 --seeds 4 5 --scale paper
+    python ablations/run.py all --dry-run                  print the missing commands, one a line, for a scheduler
+    python ablations/run.py --script ablations/mine_lux.py --flags "--x 1" --label "mine" --scale tiny
 
-Each run is a process of its own with its log beside it in runs/. A finished run leaves its curve in
-ablations/results/<scale>/<variant>/seed<N>.csv, and is skipped from then on; one that was
-interrupted starts anew, and its old folder is kept under another name. A run that fails stops no
-other; the failures are listed at the end, with their logs, and the exit status is 1.
+Each run is a process of its own with its log beside it in runs/. Its command goes on where it stopped
+and does nothing if it is finished, so all of this can be started again at any time. A finished run
+leaves its curve in ablations/results/<scale>/<variant>/seed<N>.csv, and what made it beside it in
+seed<N>.json; it is skipped from then on. Commands that ran elsewhere leave theirs when the same figure
+is run here over the same runs/. A run that fails stops no other; the exit status is then 1. A runner
+that ends, even by kill -9 on Linux, ends its runs.
 """
 
 import argparse
 import csv
+import ctypes
+import hashlib
+import json
 import os
+import platform
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 SCALES = {
-    "cpu": "--map-size 32 --factories-per-team 2 --max-units 30 --channels 24 --total-timesteps 53248 --bf16",
-    "paper": "--total-timesteps 102400 --bf16",
+    "cpu": "--small --total-timesteps 53248",
+    "paper": "--total-timesteps 102400",
+    "tiny": "--map-size 24 --factories-per-team 1 --max-units 8 --channels 4 "  # seconds, for trying out
+    "--num-envs 2 --num-steps 64 --num-minibatches 2 --total-timesteps 1024",
 }
 
 
@@ -39,216 +50,250 @@ class Variant:
     paper_ice: str = ""  # the paper's ice transferred, for the tables
 
 
-def ablation(name, label, script, flags, paper_ice=""):
-    return Variant(name, label, f"ablations/trajsep_{script}_lux.py", flags, paper_ice)
-
-
-def samples(keep, count, paper_ice=""):
-    flags = f"--keep {keep} --samples-per-step {count}"
-    return ablation(f"{keep.replace('-', '_')}_{count}", f"{count} by {keep}", "sample_reduction", flags, paper_ice)
-
-
-TRAJSEP = Variant("trajsep", "trajectory separation", "ppo_trajsep_lux.py", "", "44,472 +- 12,065")
-MODULO = {
-    n: Variant(f"groups_{n}", f"units by id modulo {n}", "ppo_trajsep_lux.py", f"--num-groups {n}", ice)
-    for n, ice in ((1, "3,573 +- 3,753"), (2, "14,388"), (4, "29,459"), (8, "32,049"), (16, "36,847"))
-}
-MAPPO = Variant("mappo", "MAPPO (global advantage)", "mappo_lux.py", "", "2,643 +- 3,353")
-GLOBAL = Variant("global", "one global trajectory", "ppo_global_lux.py", "", "3,066 +- 2,996")
-GLOBAL_REWARD = ablation(
-    "own_reward_0", "own reward 0% (global reward)", "own_reward", "--own-reward 0", "9,614 +- 8,094"
-)
-PAPER_PPO_PARTS = {  # probably the paper's: those of the organisers' baseline; and no symmetries
-    "rollout": "--num-envs 4 --num-steps 1024 --num-minibatches 16 --update-epochs 4",
-    "learning rate": "--learning-rate 3e-4",
-    "entropy": "--ent-coef 0.01 --no-anneal-ent",
-    "no symmetries": "--no-augment",
-}
-PAPER_PPO = f"--total-timesteps 102400 {' '.join(PAPER_PPO_PARTS.values())}"
-
-
-def paper_part(variant, part):
-    name = f"{variant.name}_paper_{part.replace(' ', '_')}"
-    return Variant(name, f"{variant.label}, {part} as in the paper", variant.script, PAPER_PPO_PARTS[part])
-
-
+ROLLOUT, RATE = "--num-envs 4 --num-steps 1024 --num-minibatches 16 --update-epochs 4", "--learning-rate 3e-4"
+ENTROPY, VIEWS, TOP = "--ent-coef 0.01 --no-anneal-ent", "--no-augment", "--samples-per-step 1 --keep top"
+PAPER_PPO = f"--total-timesteps 102400 {ROLLOUT} {RATE} {ENTROPY} {VIEWS}"  # probably: the organisers' baseline's
+TABLE = f"""
+trajsep | trajectory separation | ppo_trajsep_lux.py | | 44,472 +- 12,065
+ippo | IPPO | ippo_lux.py | |
+mappo | MAPPO (global advantage) | mappo_lux.py | | 2,643 +- 3,353
+ippo_share | IPPO, equal shares | ippo_lux.py | --team-scale 0 |
+mappo_share | MAPPO, equal shares | mappo_lux.py | --team-scale 0 |
+global | one global trajectory | ppo_global_lux.py | | 3,066 +- 2,996
+poster_norms | the poster's norms | poster_norms | |
+epochs_2 | 2 epochs in place of 3 | ppo_trajsep_lux.py | --update-epochs 2 |
+trajsep_paper_ppo | trajectory separation, the paper's PPO | ppo_trajsep_lux.py | {PAPER_PPO} | 44,472 +- 12,065
+global_paper_ppo | one global trajectory, the paper's PPO | ppo_global_lux.py | {PAPER_PPO} | 3,066 +- 2,996
+global_paper_rollout | one global trajectory, rollout as in the paper | ppo_global_lux.py | {ROLLOUT} |
+global_paper_learning_rate | one global trajectory, learning rate as in the paper | ppo_global_lux.py | {RATE} |
+global_paper_entropy | one global trajectory, entropy as in the paper | ppo_global_lux.py | {ENTROPY} |
+global_paper_no_symmetries | one global trajectory, no symmetries as in the paper | ppo_global_lux.py | {VIEWS} |
+trajsep_paper_rollout | trajectory separation, rollout as in the paper | ppo_trajsep_lux.py | {ROLLOUT} |
+trajsep_paper_learning_rate | trajectory separation, learning rate as in the paper | ppo_trajsep_lux.py | {RATE} |
+groups_1 | units by id modulo 1 | ppo_trajsep_lux.py | --num-groups 1 | 3,573 +- 3,753
+groups_2 | units by id modulo 2 | ppo_trajsep_lux.py | --num-groups 2 | 14,388
+groups_4 | units by id modulo 4 | ppo_trajsep_lux.py | --num-groups 4 | 29,459
+groups_8 | units by id modulo 8 | ppo_trajsep_lux.py | --num-groups 8 | 32,049
+groups_16 | units by id modulo 16 | ppo_trajsep_lux.py | --num-groups 16 | 36,847
+global_critic | global critic | global_critic | | 30,687 +- 9,844
+units_only | all factories in one | mixed | --no-separate-factories | 43,528 +- 11,327
+two_trajectories | one for factories, one for units | mixed |\
+ --no-separate-factories --no-separate-units | 6,162 +- 4,413
+own_reward_75 | own reward 75% | own_reward | --own-reward 0.75 | about 33,800
+own_reward_50 | own reward 50% | own_reward | --own-reward 0.5 | about 24,000
+own_reward_25 | own reward 25% | own_reward | --own-reward 0.25 |
+own_reward_0 | own reward 0% (global reward) | own_reward | --own-reward 0 | 9,614 +- 8,094
+quadrant | units by quadrant | grouping | --grouping quadrant | 22,385
+closest_factory | units by closest factory | grouping | --grouping closest-factory | 27,009
+closest_heavy | units by closest heavy | grouping | --grouping closest-heavy | 35,224
+top_advantage_1 | 1 by top advantage | sample_reduction | {TOP}-advantage | 38,072
+top_advantage_1_all_values | 1 by top advantage, all values | sample_reduction | {TOP}-advantage --no-reduce-values |
+top_abs_advantage_1 | 1 by top absolute advantage | sample_reduction | {TOP}-abs-advantage | 33,926
+top_return_1 | 1 by top return | sample_reduction | {TOP}-return | 23,156
+random_1 | 1 at random | sample_reduction | --samples-per-step 1 --keep random | 2,550
+random_2 | 2 at random | sample_reduction | --keep random --samples-per-step 2 |
+random_4 | 4 at random | sample_reduction | --keep random --samples-per-step 4 |
+random_8 | 8 at random | sample_reduction | --keep random --samples-per-step 8 |
+random_16 | 16 at random | sample_reduction | --keep random --samples-per-step 16 |
+"""
+VARIANTS = {}
+for row in TABLE.strip().split("\n"):
+    name, label, script, flags, paper_ice = (cell.strip() for cell in row.split("|"))
+    script = script if script.endswith(".py") else f"ablations/trajsep_{script}_lux.py"
+    VARIANTS[name] = Variant(name, label, script, flags, paper_ice)
 FIGURES = {  # the first variant of each is what the others are compared with
-    "baselines": (TRAJSEP, Variant("ippo", "IPPO", "ippo_lux.py"), MAPPO, GLOBAL),
-    "norms": (TRAJSEP, Variant("poster_norms", "the poster's norms", "ppo_trajsep_lux.py", "--norm poster")),
-    "epochs": (TRAJSEP, Variant("epochs_2", "2 epochs in place of 3", "ppo_trajsep_lux.py", "--update-epochs 2")),
-    "paper_ppo": (
-        TRAJSEP,
-        Variant(
-            "trajsep_paper_ppo", "trajectory separation, paper's PPO, 102,400 steps", "ppo_trajsep_lux.py", PAPER_PPO
-        ),
-        GLOBAL,
-        Variant(
-            "global_paper_ppo", "one global trajectory, paper's PPO, 102,400 steps", "ppo_global_lux.py", PAPER_PPO
-        ),
-    ),
-    "paper_ppo_parts": (
-        GLOBAL,
-        *[paper_part(GLOBAL, part) for part in PAPER_PPO_PARTS],
-        TRAJSEP,
-        *[paper_part(TRAJSEP, part) for part in ("rollout", "learning rate")],  # those that the other does not bear
-    ),
-    "fig8": (
-        TRAJSEP,
-        ablation("global_critic", "global critic", "global_critic", "", "30,687 +- 9,844"),
-        GLOBAL_REWARD,
-        MAPPO,
-    ),
-    "fig4": (
-        TRAJSEP,
-        *MODULO.values(),
-    ),
-    "fig3": (
-        TRAJSEP,
-        ablation("units_only", "all factories in one", "mixed", "--no-separate-factories", "43,528 +- 11,327"),
-        MODULO[1],
-        ablation(
-            "two_trajectories",
-            "one for factories, one for units",
-            "mixed",
-            "--no-separate-factories --no-separate-units",
-            "6,162 +- 4,413",
-        ),
-        GLOBAL,
-    ),
-    "fig9": (
-        TRAJSEP,
-        *[
-            ablation(f"own_reward_{share}", f"own reward {share}%", "own_reward", f"--own-reward {share / 100}", ice)
-            for share, ice in ((75, "about 33,800"), (50, "about 24,000"), (25, ""))
-        ],
-        GLOBAL_REWARD,
-    ),
-    "fig5": (
-        TRAJSEP,
-        *[
-            ablation(name.replace("-", "_"), f"units by {name}", "grouping", f"--grouping {name}", ice)
-            for name, ice in (("quadrant", "22,385"), ("closest-factory", "27,009"), ("closest-heavy", "35,224"))
-        ],
-        *[MODULO[n] for n in (4, 8)],
-    ),
-    "fig6": (
-        TRAJSEP,
-        samples("top-advantage", 1, "38,072"),
-        ablation(
-            "top_advantage_1_all_values",
-            "1 by top-advantage, values on all",
-            "sample_reduction",
-            "--keep top-advantage --samples-per-step 1 --no-reduce-values",
-        ),
-        samples("top-abs-advantage", 1, "33,926"),
-        samples("top-return", 1, "23,156"),
-        samples("random", 1, "2,550"),
-    ),
-    "fig7": (TRAJSEP, *[samples("random", count, "2,550" if count == 1 else "") for count in (1, 2, 4, 8, 16)]),
+    "baselines": "trajsep ippo mappo global",
+    "shares": "trajsep ippo ippo_share mappo mappo_share",
+    "norms": "trajsep poster_norms",
+    "epochs": "trajsep epochs_2",
+    "paper_ppo": "trajsep trajsep_paper_ppo global global_paper_ppo",
+    "paper_ppo_parts": "global global_paper_rollout global_paper_learning_rate global_paper_entropy"
+    " global_paper_no_symmetries trajsep trajsep_paper_rollout trajsep_paper_learning_rate",
+    "fig8": "trajsep global_critic own_reward_0 mappo",
+    "fig4": "trajsep groups_1 groups_2 groups_4 groups_8 groups_16",
+    "fig3": "trajsep units_only groups_1 two_trajectories global",
+    "fig9": "trajsep own_reward_75 own_reward_50 own_reward_25 own_reward_0",
+    "fig5": "trajsep quadrant closest_factory closest_heavy groups_4 groups_8",
+    "fig6": "trajsep top_advantage_1 top_advantage_1_all_values top_abs_advantage_1 top_return_1 random_1",
+    "fig7": "trajsep random_1 random_2 random_4 random_8 random_16",
+    "headline": "trajsep_paper_ppo global_paper_ppo",  # at the paper's scale, if no other is asked for
 }
+FIGURES = {figure: [VARIANTS[name] for name in names.split()] for figure, names in FIGURES.items()}
 
 
-@dataclass
+def output(*command):
+    """What a program prints, in one line; None where it is missing or fails."""
+    if shutil.which(command[0]):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        return None if done.returncode else " ".join(done.stdout.split())
+
+
+def processor():
+    info = Path("/proc/cpuinfo")
+    models = re.findall("model name\\s*: (.*)", info.read_text()) if info.exists() else []
+    cpu = models[0] if models else platform.processor() or platform.machine()
+    gpu = output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+    return f"{cpu}, {os.cpu_count()} cores" + (f"; {gpu}" if gpu else "")
+
+
+def replace(path, content):
+    """Write a file in one piece: nobody ever reads half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_bytes(content)
+    part.replace(path)
+
+
+def end_with(runner):
+    """In the new process, before its command begins: on Linux it gets a SIGTERM when the runner is gone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != runner:  # it went in between
+            os._exit(1)
+
+
 class Run:
-    variant: Variant
-    seed: int
-    scale: str
-    process: subprocess.Popen | None = None
+    def __init__(self, variant, seed, scale):
+        self.variant, self.process = variant, None
+        self.name = f"{scale}-{variant.name}-{seed}"
+        self.result = ROOT / f"ablations/results/{scale}/{variant.name}/seed{seed}.csv"
+        self.folder, self.log = ROOT / "runs" / self.name, ROOT / f"runs/{self.name}.log"
+        flags = f"{SCALES[scale]} {variant.flags} --seed {seed} --run-name {self.name} --resume"
+        self.words = [variant.script, *shlex.split(flags)]
+        self.command = f"python {shlex.join(self.words)}"
 
-    def __post_init__(self):
-        self.name = f"{self.scale}-{self.variant.name}-{self.seed}"
-        self.result = ROOT / "ablations/results" / self.scale / self.variant.name / f"seed{self.seed}.csv"
-        self.folder = ROOT / "runs" / self.name
-        self.log = ROOT / "runs" / f"{self.name}.log"
+    def script_hash(self):
+        return hashlib.sha256((ROOT / self.variant.script).read_bytes()).hexdigest()
 
-    def command(self, python):
-        flags = f"{SCALES[self.scale]} {self.variant.flags} --seed {self.seed} --run-name {self.name}"
-        return [python, self.variant.script, *flags.split()]
-
-    def total_steps(self):
-        words = self.command("")
-        return int(words[len(words) - words[::-1].index("--total-timesteps")])  # the last one counts
+    def is_outdated(self):
+        """Whether the stored curve is known to come from another command or another version of the script."""
+        try:
+            made = json.loads(self.result.with_suffix(".json").read_text())
+            return (made["command"], made["script_sha256"]) != (self.command, self.script_hash())
+        except (OSError, ValueError, KeyError):  # not recorded by this program
+            return False
 
     def start(self, threads):
-        if self.folder.exists():
-            self.folder.rename(f"{self.folder}-interrupted-{time.time():.0f}")
+        """Start the process; a sentence instead if it would go on with what another version of the script began."""
+        copy = self.folder / "script.py"
+        if copy.exists() and copy.read_bytes() != (ROOT / self.variant.script).read_bytes():
+            return f"was begun by another version of {self.variant.script}: rename or remove {self.folder}"
+        self.version = {
+            "commit": output("git", "rev-parse", "--short", "HEAD") or "unknown",
+            "clean": output("git", "status", "--porcelain", "--", ".", ":!ablations/results") == "",
+            "script_sha256": self.script_hash(),
+        }
         self.log.parent.mkdir(exist_ok=True)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        with open(self.log, "w") as log:
+        with open(self.log, "a") as log:
             self.process = subprocess.Popen(
-                self.command(sys.executable), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment
+                [sys.executable, *self.words],
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C reaches the runner alone, which passes it on once
+                preexec_fn=partial(end_with, os.getpid()),
             )
 
-    def steps(self):
-        """Environment steps so far."""
+    def store(self):
+        """Copy the curve of the ended process to results/; a sentence instead if it failed or is not whole."""
+        if self.process.returncode:
+            said = self.log.read_text(errors="replace").strip().split("\n")[-1]
+            return f"failed with exit status {self.process.returncode} ({said}): see {self.log}"
         try:
-            with open(self.folder / "progress.csv") as file:
-                return max((int(row["global_step"]) for row in csv.DictReader(file)), default=0)
-        except (OSError, ValueError, TypeError):  # not there yet, or its last row is being written
-            return 0
-
-    def keep(self):
-        """Copy the curve to results/, in one piece or not at all."""
-        self.result.parent.mkdir(parents=True, exist_ok=True)
-        part = self.result.with_suffix(".part")
-        shutil.copy(self.folder / "progress.csv", part)
-        part.replace(self.result)
+            settings = json.loads((self.folder / "args.json").read_text())
+            batch = settings["num_envs"] * settings["num_steps"]
+            steps = settings["total_timesteps"] // batch * batch
+            curve = (self.folder / "progress.csv").read_bytes()
+            last = list(csv.DictReader(curve.decode().splitlines()))[-1]
+            made = {"label": self.variant.label, "command": self.command, **self.version, "processor": processor()}
+            made |= {"bf16": settings.get("bf16"), "torch": version("torch"), "steps": steps}
+            made |= {"seconds": float(last["charts/seconds"]), "settings": settings}
+            if int(last["global_step"]) != steps:
+                return f"is not whole: {self.folder}/progress.csv ends at step {last['global_step']} of {steps}"
+        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            return f"left no whole curve in {self.folder}: {error!r}"
+        replace(self.result.with_suffix(".json"), (json.dumps(made, indent=2) + "\n").encode())
+        replace(self.result, curve)
 
 
 def run_all(runs, jobs, threads):
-    """Start the runs as slots come free; the list of those that failed."""
+    """Start the runs as slots come free; a sentence for each that failed."""
     waiting, running, failed = list(runs), [], []
-    done_steps = 0
-    with tqdm(total=sum(run.total_steps() for run in runs), unit="step", smoothing=0.02) as progress:
-        try:
-            while waiting or running:
-                while waiting and len(running) < jobs:
-                    running.append(waiting.pop(0))
-                    running[-1].start(threads)
-                time.sleep(2)
-                for run in [run for run in running if run.process.poll() is not None]:
-                    running.remove(run)
-                    done_steps += run.total_steps()
-                    if run.process.returncode == 0:
-                        run.keep()
-                    else:
-                        failed.append(run)
-                        tqdm.write(f"{run.name} failed with exit status {run.process.returncode}: see {run.log}")
-                progress.n = done_steps + sum(run.steps() for run in running)
-                progress.set_postfix_str(", ".join(run.name for run in running), refresh=True)
-        finally:  # also on Ctrl-C or SIGTERM: no run goes on unseen
-            for run in running:
-                run.process.terminate()
-            for run in running:
-                run.process.wait()
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                run = waiting.pop(0)
+                if problem := run.start(threads):
+                    failed.append(f"{run.name} {problem}")
+                else:
+                    running.append(run)
+            for run in [run for run in running if run.process.poll() is not None]:
+                running.remove(run)
+                if problem := run.store():
+                    failed.append(f"{run.name} {problem}")
+                print(run.name, problem or "is finished", f"({len(waiting) + len(running)} to go)", flush=True)
+            time.sleep(0.2)
+    finally:  # also on a signal: no run goes on unseen
+        for run in running:
+            run.process.terminate()
+        for run in running:
+            run.process.wait()
     return failed
+
+
+def stop(number, frame):
+    print("Stopped: the same command goes on where its runs are.", file=sys.stderr)
+    sys.exit(128 + number)
+
+
+def own_variant(script, flags, label):
+    name = re.sub("[^a-z0-9]+", "_", label.lower()).strip("_")
+    if not (ROOT / script).is_file():
+        sys.exit(f"--script: there is no {script} in {ROOT}.")
+    if not name or name in VARIANTS:
+        sys.exit(f"--label {label!r} gives the results folder {name!r}, which is taken or empty: choose another.")
+    return Variant(name, label, script, flags)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("figure", choices=[*FIGURES, "all"])
+    parser.add_argument("figure", nargs="?", choices=[*FIGURES, "all"])
+    parser.add_argument("--script", help="a variant of your own, in place of a figure")
+    parser.add_argument("--flags", default="", help='its flags, in one piece: --flags="--x 1"')
+    parser.add_argument("--label", help="its name in tables; its results folder is named by it (default: the script's)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--scale", choices=SCALES, default="cpu")
+    parser.add_argument("--scale", choices=SCALES, help="default: cpu, or paper for the headline")
     cores = os.cpu_count() or 1
     parser.add_argument("--jobs", type=int, default=max(1, cores // 2), help="runs at a time (default: cores / 2)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands of the missing runs and stop")
     args = parser.parse_args()
+    if (args.figure is None) == (args.script is None):
+        sys.exit("Name a figure, or a variant of your own with --script.")
     if args.jobs < 1:
         sys.exit(f"--jobs must be at least 1, got {args.jobs}.")
-    variants = dict.fromkeys(v for name in FIGURES if args.figure in (name, "all") for v in FIGURES[name])
-    runs = [Run(variant, seed, args.scale) for seed in args.seeds for variant in variants]
+    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
+        sys.exit(f"--seeds must be 0 or more and none twice, got {' '.join(map(str, args.seeds))}.")
+    scale = args.scale or ("paper" if args.figure == "headline" else "cpu")
+    if args.script:
+        variants = [own_variant(args.script, args.flags, args.label or Path(args.script).stem)]
+    else:
+        variants = dict.fromkeys(v for name in FIGURES if args.figure in (name, "all") for v in FIGURES[name])
+    runs = [Run(variant, seed, scale) for seed in args.seeds for variant in variants]
+    if outdated := [run.name for run in runs if run.result.exists() and run.is_outdated()]:
+        print("Of another command or script, and kept (remove a curve to run it anew):", *outdated, file=sys.stderr)
     runs = [run for run in runs if not run.result.exists()]
     if args.dry_run:
-        for run in runs:
-            print(" ".join(run.command("python")))
+        print(*[run.command for run in runs], sep="\n", end="\n" if runs else "")
         return
     if not runs:
-        print("Every run of this figure is finished.")
+        print("Every one of these runs is finished.")
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped: finished runs are kept, run again to go on."))
-    failed = run_all(runs, args.jobs, max(1, cores // args.jobs))
-    if failed:
-        sys.exit(f"{len(failed)} of {len(runs)} runs failed: " + ", ".join(f"{run.name} ({run.log})" for run in failed))
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
+            signal.signal(number, stop)
+    if failed := run_all(runs, args.jobs, max(1, cores // args.jobs)):
+        sys.exit(f"{len(failed)} of {len(runs)} runs failed:\n" + "\n".join(failed))
 
 
 if __name__ == "__main__":
