@@ -247,7 +247,9 @@ def state(name, variant, parent):
     own = variant.units.get(name)
     if name == DOCSTRING or (own is None and name in variant.removed):
         return "same"
-    if own and any(mark["parent"] == parent.stem for mark in own.marks):
+    whole = variant.units.get("class " + name.partition(".")[0])  # a mark on an added class is one for its members
+    marks = [*own.marks, *(whole.marks if whole and whole.name not in parent.units else [])] if own else []
+    if any(mark["parent"] == parent.stem for mark in marks):
         return "marked"
     if variant.text(name) == parent.text(name):
         return "stale" if own.marks else "same"  # the parent's own marks, copied with it

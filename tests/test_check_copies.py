@@ -409,6 +409,17 @@ def test_new_functions_are_kept(tree):
     assert check(tree, "--fix").returncode == 0 and "def more(" in (tree / "ippo_lux.py").read_text()
 
 
+def test_a_mark_on_an_added_class_is_one_for_its_members(tree):
+    path = tree / "ippo_lux.py"
+    new = "class More:\n    def __init__(self):\n        self.x = 1\n\n    def get(self):\n        return self.x\n"
+    edit(path, "class Agent:", f"{new}\n\nclass Agent:")
+    assert check(tree).stderr.count("has no such unit") == 3  # the class and its members
+    edit(path, "class More:", "# Added to ppo_trajsep_lux: more\nclass More:")
+    assert check(tree).returncode == 0
+    edit(path, "        self.size = 3\n", "        self.size = 3\n\n    def more(self):\n        return 4\n")
+    assert "Agent.more: ppo_trajsep_lux.py has no such unit" in check(tree).stderr  # a class of both is another matter
+
+
 def test_without_git_nothing_is_touched(bare):
     edit(bare / "ppo_trajsep_lux.py", '"""the seed"""', '"""a seed"""')
     before = texts(bare)
