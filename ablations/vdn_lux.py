@@ -13,9 +13,9 @@ CPU, a run of minutes:      python ablations/vdn_lux.py --small
 
 # Parent: ppo_trajsep_lux.py
 # Removed from ppo_trajsep_lux: Args.num_groups, Args.clip_coef, Args.clip_vloss, Args.ent_coef, Args.anneal_ent
-# Removed from ppo_trajsep_lux: Args.vf_coef, group_index, group_sum, class Trajectories, Trajectories.rewards, Trajectories.dones
-# Removed from ppo_trajsep_lux: Trajectories.values, Trajectories.next_values, Trajectories.active, Trajectories.choice
-# Removed from ppo_trajsep_lux: separate_trajectories, compute_gae, masked_mean, normalize, policy_loss
+# Removed from ppo_trajsep_lux: Args.vf_coef, group_index, group_sum, class Trajectories, Trajectories.rewards
+# Removed from ppo_trajsep_lux: Trajectories.dones, Trajectories.values, Trajectories.next_values, Trajectories.active
+# Removed from ppo_trajsep_lux: Trajectories.choice, separate_trajectories, compute_gae, masked_mean, normalize, policy_loss
 # Removed from ppo_trajsep_lux: value_loss, Agent.get_value
 
 import csv

@@ -1,13 +1,14 @@
 """Measures speed (not collected by pytest): engine, wrapper, rollout, update, whole training.
 
-    python tests/bench_speed.py                        at the small CPU setting of the README
+    python tests/bench_speed.py                        at the setting of --small
     python tests/bench_speed.py --paper                at the paper's setting (48x48, 4 factories, 200K parameters)
     python tests/bench_speed.py --baseline COMMIT      the script of an older commit beside it, in turn
     python tests/bench_speed.py --official             the engine's own wrapper (SB3Wrapper) as well
 
 The engine is measured at 80 units, 40 a team, in random legal play on 48x48: one game is played and
-its actions recorded, then both engines play them again. The rest comes from runs of the script
-itself, watched from outside. Processor time for the engine, wall time for the rest.
+its actions recorded, then all engines play them again. The rest comes from runs of the script
+itself, watched from outside. Processor time for the engine, wall time for the rest. bfloat16 is as
+the script chooses it for the machine, for an older commit as well, unless --bf16 or --no-bf16 says.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -31,13 +33,18 @@ from luxai_s2.env import LuxAI_S2
 from luxai_s2.unit import UnitType
 from luxai_s2.wrappers import SB3Wrapper
 from luxai_s2.wrappers.controllers import Controller
+from luxai_s2_fast import LuxAI_S2 as FastLux
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import ppo_trajsep_lux as script  # noqa: E402
 
+SCRIPT = ROOT / "ppo_trajsep_lux.py"
+
 UNITS, STEPS, MAP_SEED = 80, 200, 5
-SMALL = ["--map-size", "32", "--factories-per-team", "2", "--max-units", "30", "--channels", "24"]
+REPEATS = 3  # of each engine, in turn; the best counts
+# what --small stands for, for commits that do not have it
+OLD_SMALL = ["--map-size", "32", "--factories-per-team", "2", "--max-units", "30", "--channels", "24"]
 WATCH = """
 import json, runpy, sys, time
 import torch
@@ -91,11 +98,11 @@ def crowd(engine, lichen):
             unit.power = unit.battery_capacity
 
 
-def new_env():
-    args = script.Args(opponent="self", max_units=UNITS, augment=False)
-    script.check_args(args)
-    env = script.LuxEnv(args, map_seeds=[MAP_SEED] * 2)
-    env.reset()
+def new_env(engine=None):
+    """Both sides by the script's environment on one map, on another engine if one is given."""
+    env = script.LuxEnv(script.Args(opponent="self", max_units=UNITS, augment=False))
+    env.engine = engine or env.engine
+    env.reset(options={"map_seed": MAP_SEED})
     return env
 
 
@@ -105,7 +112,7 @@ def play(lichen):
     crowd(env.engine, lichen)
     obs = env.engine.state.get_obs()
     for side, player in enumerate(script.PLAYERS):
-        env.ids[side][: UNITS // 2] = obs["units"][player]
+        env.ids[side] = script.assign_slots(env.ids[side], env.numbers[side], obs, player, UNITS)
     nothing = np.zeros((2, env.num_slots), np.float32)
     env.views = [None, None]
     env._observe(obs, nothing, nothing)
@@ -123,7 +130,7 @@ def play(lichen):
 
     engine_step = env.engine.step
     env.engine.step = lambda actions: log.append(actions) or engine_step(actions)
-    parts = [(script.View, "__init__"), (script, "make_planes"), (script, "action_masks"), (script, "engine_actions")]
+    parts = [(script.View, "__init__"), (script, "action_masks"), (script, "observe"), (script, "engine_actions")]
     with ExitStack() as stack:
         for owner, name in parts:
             stack.enter_context(timed(owner, name, "features, masks and orders"))
@@ -138,15 +145,13 @@ def play(lichen):
 
 def replay(cls, log, lichen, wrap=lambda engine: engine, **config):
     """Steps per second of an engine that plays recorded actions, in a wrapper."""
-    env = new_env()
-    env.engine = cls(map_size=48, MIN_FACTORIES=4, MAX_FACTORIES=4, max_episode_length=1000, **config)
-    env.map_seeds = iter([MAP_SEED])
-    env.reset()
-    crowd(env.engine, lichen)
-    actions, engine = copy.deepcopy(log), wrap(env.engine)
+    engine = cls(map_size=48, MIN_FACTORIES=4, MAX_FACTORIES=4, max_episode_length=1000, verbose=0, **config)
+    new_env(engine)
+    crowd(engine, lichen)
+    actions, wrapped = copy.deepcopy(log), wrap(engine)
     start = time.process_time()
     for action in actions:
-        engine.step(action)
+        wrapped.step(action)
     return len(log) / (time.process_time() - start)
 
 
@@ -163,22 +168,22 @@ class GymLux(LuxAI_S2, gym.Env):
 
 def bench_engine(official):
     print(f"Engine and wrapper, 48x48, {UNITS} units, random legal play of both sides, one process")
+    engines = {
+        "stock engine": (LuxAI_S2, {}),
+        "... without validation": (LuxAI_S2, {"validate_action_space": False}),
+        "fast engine": (FastLux, {}),
+    }
+    if official:
+        engines["stock in its wrapper"] = GymLux, {"wrap": lambda e: SB3Wrapper(e, controller=Recorded(None))}
     for lichen in (False, True):
         log, spent = play(lichen)
-        stock = replay(LuxAI_S2, log, lichen, verbose=0)
-        fast = replay(script.FastLux, log, lichen)
-        stock, fast = (
-            max(stock, replay(LuxAI_S2, log, lichen, verbose=0)),
-            max(fast, replay(script.FastLux, log, lichen)),
-        )
+        speed = dict.fromkeys(engines, 0.0)
+        for _ in range(REPEATS):
+            for name, (cls, config) in engines.items():
+                speed[name] = max(speed[name], replay(cls, log, lichen, **config))
         print(f"  {'with' if lichen else 'without'} lichen")
-        print(f"    stock engine            {stock:7.0f} steps/s")
-        if official:
-            wrapped = replay(
-                GymLux, log, lichen, lambda engine: SB3Wrapper(engine, controller=Recorded(None)), verbose=0
-            )
-            print(f"    ... in its own wrapper  {wrapped:7.0f} steps/s")
-        print(f"    fast engine             {fast:7.0f} steps/s   {fast / stock:.1f} x stock")
+        for name, steps in speed.items():
+            print(f"    {name:23} {steps:7.0f} steps/s   {steps / speed['stock engine']:.1f} x stock")
         side, wrapper = spent["features, masks and orders"] / 2, spent["all"] - spent["engine"]
         print(f"    features, masks, orders {side:7.2f} ms   {side / spent['engine']:.2f} x the engine's part, a side")
         print(f"    all else than engine    {wrapper:7.2f} ms   {wrapper / spent['engine']:.2f} x, both sides")
@@ -186,7 +191,7 @@ def bench_engine(official):
 
 
 def bench_training(path, flags, iterations, name):
-    """Run a script for some iterations and print its phases; (rollout, update) seconds an iteration."""
+    """Run a script for some iterations and print its phases; (rollout, update, whole) seconds an iteration."""
     with tempfile.TemporaryDirectory() as folder:
         batch = script.Args().num_envs * script.Args().num_steps
         flags = [*flags, "--total-timesteps", str(batch * iterations), "--run-name", "bench"]
@@ -206,15 +211,14 @@ def bench_training(path, flags, iterations, name):
     print(f"    rollout with inference  {batch / rollout:7.0f} steps/s   {rollout / whole:4.0%} of an iteration")
     print(f"    update                  {batch / update:7.0f} steps/s   {update / whole:4.0%} of an iteration")
     print(f"    training                {batch / whole:7.0f} steps/s")
-    return rollout, update
+    return rollout, update, whole
 
 
-def bench_environments(flags, steps=300):
+def bench_environments(args, steps=300):
     """Print how fast the environments alone are: random legal play in their processes, no network."""
-    args = script.tyro.cli(script.Args, args=flags)
-    script.check_args(args)
-    envs, rng = script.make_vector_env(args, [None] * args.num_envs), np.random.default_rng(0)
-    obs, _ = envs.reset(seed=list(range(args.num_envs)))
+    modes = {"copy": False, "autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
+    envs = gym.vector.AsyncVectorEnv([lambda: script.make_worker_env(args)] * args.num_envs, **modes)
+    rng, obs = np.random.default_rng(0), envs.reset(seed=list(range(args.num_envs)))[0]
     seconds = 0.0
     for _ in range(steps):
         mask = obs["action_mask"]
@@ -226,15 +230,12 @@ def bench_environments(flags, steps=300):
     print(f"    environments alone      {steps * args.num_envs / seconds:7.0f} steps/s   random legal play, no network")
 
 
-def bench_passes(flags):
+def bench_passes(args):
     """Seconds of the bare forward and backward passes of one update: the same network, batch and minibatches."""
-    args = script.tyro.cli(script.Args, args=flags)
-    script.check_args(args)
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
-    agent = script.Agent(args.channels, args.num_blocks, args.norm, args.bf16).to(device)
-    slots = args.max_units + args.factories_per_team
-    planes = torch.rand(args.minibatch_size, script.NUM_PLANES, args.map_size, args.map_size).half().to(device)
-    pixel = torch.randint(args.map_size**2, (args.minibatch_size, slots)).to(device)
+    agent, maps = script.Agent(args).to(device), args.batch_size // args.num_minibatches
+    planes = torch.rand(maps, script.NUM_PLANES, args.map_size, args.map_size).half().to(device)
+    pixel = torch.randint(args.map_size**2, (maps, args.max_units + args.factories_per_team)).to(device)
     times = []
     for _ in range(4):
         start = time.time()
@@ -251,9 +252,15 @@ def bench_passes(flags):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--paper", action="store_true", help="the paper's setting")
-    parser.add_argument("--bf16", action="store_true", help="convolutions in bfloat16")
+    parser.add_argument(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        default=script.computes_in_bf16(),
+        help="convolutions in bfloat16",
+    )
     parser.add_argument("--baseline", metavar="COMMIT", help="an older commit to measure in the same run")
     parser.add_argument("--official", action="store_true", help="measure SB3Wrapper, without a controller's work")
+    parser.add_argument("--rounds", type=int, default=1, help="with --baseline: how often both commits train, in turn")
     parser.add_argument("--iterations", type=int, default=6)
     parser.add_argument("--skip-engine", action="store_true")
     args = parser.parse_args()
@@ -265,19 +272,32 @@ def main():
     )
     if not args.skip_engine:
         bench_engine(args.official)
-    flags = ([] if args.paper else SMALL) + (["--bf16"] if args.bf16 else [])
-    print(f"Training: {' '.join(flags) or 'defaults'}")
-    rollout, update = bench_training(ROOT / "ppo_trajsep_lux.py", flags, args.iterations, "this commit")
-    bench_environments(flags)
-    passes = bench_passes(flags)
-    print(f"    update                  {update / passes:.2f} x the bare forward and backward passes ({passes:.2f} s)")
+    small, bf16 = [] if args.paper else ["--small"], ["--bf16" if args.bf16 else "--no-bf16"]
+    settings = replace(script.Args() if args.paper else script.SMALL, bf16=args.bf16)
+    print(f"Training: {' '.join(small + bf16)}")
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {"this commit": (SCRIPT, small + bf16)}
+        if args.baseline:
+            show = ["git", "-C", str(ROOT), "show", f"{args.baseline}:{SCRIPT.name}"]
+            source, path = (
+                subprocess.run(show, capture_output=True, text=True, check=True).stdout,
+                Path(folder) / "old.py",
+            )
+            path.write_text(source)
+            old_small = small if "    small: bool" in source else OLD_SMALL
+            runs[args.baseline] = path, (old_small if small else []) + bf16
+        times = {name: [] for name in runs}  # (rollout, update, whole) of each round
+        for _ in range(args.rounds):
+            for name, (path, flags) in runs.items():
+                times[name].append(bench_training(path, flags, args.iterations, name))
+    best = {name: np.min(rounds, axis=0) for name, rounds in times.items()}
+    bench_environments(settings)
+    passes = bench_passes(settings)
+    ratio = best["this commit"][1] / passes
+    print(f"    update                  {ratio:.2f} x the bare forward and backward passes ({passes:.2f} s)")
     if args.baseline:
-        with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
-            show = ["git", "-C", str(ROOT), "show", f"{args.baseline}:ppo_trajsep_lux.py"]
-            file.write(subprocess.run(show, capture_output=True, text=True, check=True).stdout)
-            file.flush()
-            old_rollout, old_update = bench_training(file.name, flags, args.iterations, f"commit {args.baseline}")
-        print(f"  rollout {old_rollout / rollout:.2f} x, update {old_update / update:.2f} x as fast as {args.baseline}")
+        rollout, update, whole = best[args.baseline] / best["this commit"]
+        print(f"  rollout {rollout:.2f} x, update {update:.2f} x, training {whole:.2f} x as fast as {args.baseline}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ cannot show is whether CUDA has a kernel for each operation, and how fast it is.
 """
 
 import json
+import os
 import sys
 import types
 from collections import Counter
@@ -16,10 +17,12 @@ from collections import Counter
 import numpy as np
 import torch
 from torch import library
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import backend_registration
+from torch.utils._pytree import tree_map_only
 
+real_save = torch.save
 SYNCS = Counter()  # (what, line of the script)
 
 
@@ -62,6 +65,19 @@ def zeros(tensor):
     return np.zeros(tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
 
 
+def save(content, file):
+    """torch.save, which brings every tensor to the CPU; what it writes has no numbers either."""
+
+    def to_zeros(tensor):
+        shape, dtype = tensor.cpu().shape, tensor.dtype
+        with unset_fake_temporarily():
+            return torch.zeros(shape, dtype=dtype)
+
+    content = tree_map_only(FakeTensor, to_zeros, content)
+    with unset_fake_temporarily():
+        real_save(content, file)
+
+
 def move_module(module, fn, recurse=True):
     """nn.Module.to for fake tensors, whose data cannot be swapped in place."""
     for child in module.children():
@@ -90,12 +106,15 @@ def main():
     torch.cuda.is_available = lambda: True
     torch.nn.Module._apply = move_module
     torch.Tensor.numpy = zeros
+    torch.save = save
+    # the environments' processes have no tensors but this one, which they could not send as a fake
+    os.register_at_fork(after_in_child=lambda: setattr(torch, "from_numpy", np.asarray))
     to_cpu = torch.Tensor.cpu
     for name, result in {
         "cpu": to_cpu,
         "tolist": lambda tensor: zeros(to_cpu(tensor)).tolist(),
         "item": lambda tensor: 1.0,
-        "__bool__": lambda tensor: False,
+        "__bool__": lambda tensor: True,  # all losses are finite
         "__float__": lambda tensor: 1.0,
         "__int__": lambda tensor: 1,
     }.items():

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
+from test_network import play_and_train, some_obs
 
 import ppo_trajsep_lux
 from ppo_trajsep_lux import EMPTY, FACTORY, HEAVY, LIGHT, NUM_ACTIONS, NUM_PLANES
@@ -23,6 +25,8 @@ def load(name):
 global_critic, own_reward = load("trajsep_global_critic_lux"), load("trajsep_own_reward_lux")
 grouping = load("trajsep_grouping_lux")
 mixed, reduction = load("trajsep_mixed_lux"), load("trajsep_sample_reduction_lux")
+poster = load("trajsep_poster_norms_lux")
+NARROW = ppo_trajsep_lux.Args(channels=8, bf16=False)
 
 
 # ---- Fig. 9: the share of the own reward
@@ -79,7 +83,7 @@ def test_the_global_critic_sees_the_whole_map_and_the_actor_is_the_parents():
         "kind": torch.tensor([[LIGHT, HEAVY, FACTORY]], dtype=torch.int8).repeat(2, 1),
         "action_mask": torch.ones(2, 3, NUM_ACTIONS, dtype=torch.int8),
     }
-    parent, agent = ppo_trajsep_lux.Agent(8, 1, "none"), global_critic.Agent(8, 1, "none")
+    parent, agent = ppo_trajsep_lux.Agent(NARROW), global_critic.Agent(NARROW)
     weights = {k: v for k, v in parent.state_dict().items() if not k.startswith("critic_head")}
     agent.load_state_dict(weights, strict=False)
     torch.testing.assert_close(agent.get_distribution(obs).logits, parent.get_distribution(obs).logits)
@@ -168,10 +172,10 @@ def test_groups_do_not_turn_with_the_observation():
     rng, turned, units = np.random.default_rng(0), set(), 0
     for _ in range(40):
         view = env.views[0]
-        for slots, tiles in ((view.slot, view.pos), (view.factory_slot, view.factory_pos)):
-            np.testing.assert_array_equal(np.divmod(obs["tile"][0, slots], 24), tiles.T)
+        for rows in (view.units, view.factories):
+            np.testing.assert_array_equal(np.divmod(obs["tile"][0, rows["slot"]], 24), rows["pos"].T)
         turned.add(int(obs["pixel"][0, 16]))  # of the factory, which never moves
-        units += len(view.slot)
+        units += len(view.units)
         obs = env.step((rng.random(obs["action_mask"].shape) * obs["action_mask"]).argmax(-1))[0]
     assert len(turned) > 3 and units > 40
 
@@ -213,3 +217,103 @@ def test_random_cells_are_uniform_over_the_active_ones():
 def test_a_step_in_which_nobody_acts_selects_nothing():
     none = reduction.select_cells(ADVANTAGES, RETURNS, torch.zeros_like(ACTIVE), "top-advantage", 2)
     assert not none.any()
+
+
+# ---- the poster's norms
+
+
+def poster_agent(seed=0):
+    torch.manual_seed(seed)
+    return poster.Agent(NARROW)
+
+
+def test_normed_networks_take_any_map_size_and_only_legal_actions():
+    agent = poster_agent()
+    for size in (24, 33, 64):
+        obs = some_obs(size=size)
+        distribution = agent.get_distribution(obs)
+        assert agent.get_value(obs).shape == (3, 7)
+        assert distribution.probs[~obs["action_mask"].bool()].max() == 0
+        assert distribution.entropy().isfinite().all()
+
+
+def test_every_convolution_has_both_norms():
+    modules = list(poster_agent().modules())
+    normed = [module for module in modules if nn.utils.parametrize.is_parametrized(module)]
+    assert all(module in normed for module in modules if isinstance(module, nn.Conv2d))
+    assert len(normed) == 9  # four in each trunk, and the critic's 1x1, which is a linear layer
+    assert sum(isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) for module in modules) == 9
+
+
+def test_normed_rollout_and_update_compute_the_same_function():
+    """The norms move between steps and between updates only: every ratio is 1 in the first step after a rollout."""
+    ratios = play_and_train(
+        poster,
+        each_step=poster.Agent.power_iteration,
+        each_update=lambda agent, obs: agent.refresh_batch_norm([obs]),
+    )
+    for first, last in ratios:
+        assert (first - 1).abs().max() < 1e-4
+        assert (last - 1).abs().max() > 0.05
+
+
+def test_spectral_norm_moves_once_per_optimizer_step():
+    agent, obs = poster_agent(), some_obs()
+    with torch.no_grad():  # as after an optimiser step; at first all singular values are equal
+        for name, parameter in agent.named_parameters():
+            if name.endswith("weight.original"):
+                parameter.add_(torch.randn_like(parameter))
+
+    def vectors():  # and the weight of each normed layer
+        norms = [module for module in agent.modules() if nn.utils.parametrize.is_parametrized(module)]
+        parts = [module.parametrizations.weight for module in norms]
+        return [(part.original.detach().flatten(1), part[0]._u.clone(), part[0]._v.clone()) for part in parts]
+
+    start = vectors()
+    assert len(start) == 9
+    agent.get_value(obs), agent.get_distribution(obs)
+    agent.refresh_batch_norm([obs])
+    for (_, *old), (_, *new) in zip(start, vectors(), strict=True):
+        torch.testing.assert_close(old, new, rtol=0, atol=0)
+    agent.power_iteration()
+    for (weight, u, v), (_, *new) in zip(start, vectors(), strict=True):
+        expected = nn.functional.normalize(weight @ v, dim=0)
+        torch.testing.assert_close(new, [expected, nn.functional.normalize(weight.T @ expected, dim=0)])
+        assert (u - expected).abs().max() > 1e-6
+
+
+def test_batch_norm_averages_over_the_observations_it_is_given():
+    """First the plain average, later a moving one."""
+    agent, one, two = poster_agent(), some_obs(seed=1), some_obs(seed=2)
+    before = agent.get_value(one)
+    torch.testing.assert_close(before, agent.get_value(one), rtol=0, atol=0)  # a forward pass leaves them alone
+    agent.refresh_batch_norm([one])
+    assert (agent.get_value(one) - before).abs().max() > 1e-4
+    agent.refresh_batch_norm([two])
+    first, last = agent.actor.stem[1], agent.actor.last_norm
+    means = [agent.actor.stem[0](obs["planes"].float()).mean((0, 2, 3)) for obs in (one, two)]
+    torch.testing.assert_close(first.running_mean, (means[0] + means[1]) / 2, rtol=1e-3, atol=1e-4)
+    assert last.num_batches_tracked == 2
+
+    for norm in (first, last):
+        norm.num_batches_tracked.fill_(100)
+    old = first.running_mean.clone()
+    agent.refresh_batch_norm([one])
+    torch.testing.assert_close(first.running_mean, old + (means[0] - old) / 40, rtol=1e-3, atol=1e-4)
+
+
+def test_the_last_batch_norm_has_the_statistics_of_all_tiles():
+    agent, obs = poster_agent(), some_obs()
+    agent.refresh_batch_norm([obs])
+    trunk = agent.actor
+    inside = trunk.block(trunk.stem(obs["planes"].float()))
+    expected = nn.functional.conv2d(inside, trunk.last.weight, trunk.last.bias, padding=1).mean((0, 2, 3))
+    # within the forward pass the earlier norms used the batch's own statistics, which by then are the running ones
+    torch.testing.assert_close(trunk.last_norm.running_mean, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("script, value", [(ppo_trajsep_lux, 1.0), (poster, 0.1)], ids=["parent", "poster"])
+def test_normed_values_are_tenths_of_the_heads_output(script, value):
+    agent = script.Agent(NARROW)
+    nn.init.zeros_(agent.critic_head.weight), nn.init.ones_(agent.critic_head.bias)
+    torch.testing.assert_close(agent.get_value(some_obs()), torch.full((3, 7), value))

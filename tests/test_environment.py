@@ -1,10 +1,15 @@
 """The Lux environment on random legal play: what masks allow happens, and nothing unwanted does."""
 
 import copy
+import io
+import types
 import warnings
+from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium.utils.env_checker import check_env
 from luxai_s2.state import State
 
@@ -28,13 +33,17 @@ from ppo_trajsep_lux import (
     WATER,
     Args,
     LuxEnv,
-    MapError,
+    Refusal,
     View,
     action_masks,
+    assign_slots,
+    choose_spot,
+    draw_maps,
     engine_actions,
     entity_rewards,
-    make_planes,
-    make_vector_env,
+    look,
+    make_worker_env,
+    observe,
     placement_score,
     resolve_collisions,
 )
@@ -49,15 +58,40 @@ def random_legal(env, rng, weights=None):
     return np.where(np.array(env.masks), score, -1).argmax(-1)
 
 
-def rich_game(args, seed):
+def rich_game(args, seed, env_class=LuxEnv, collect_stats=True):
     """An environment whose factories have the means to do everything, and live long."""
-    env = LuxEnv(args)
-    env.engine.collect_stats = True  # the engine's own statistics, to compare with
+    env = env_class(args)
+    env.engine.collect_stats = collect_stats  # the engine's own statistics, to compare with
     env.reset(seed=seed)
     for player in env.players:
         for factory in env.engine.state.factories[player].values():
             factory.cargo.water, factory.cargo.metal, factory.power = 1000, 300, 5000
     return env
+
+
+def watch_losses(engine):
+    """The list to which the engine will add (team, tile) of every unit that it destroys."""
+    lost, destroy_unit = [], engine.destroy_unit
+
+    def destroy(unit):
+        lost.append((unit.team.agent, tuple(unit.pos.pos.tolist())))
+        destroy_unit(unit)
+
+    engine.destroy_unit = destroy
+    return lost
+
+
+def friendly(lost, state):
+    """Those of the units lost in a step whose tile saw no enemy, destroyed or alive."""
+    seen = {*lost} | {(p, tuple(unit.pos.pos.tolist())) for p in PLAYERS for unit in state.units[p].values()}
+    return [(team, tile) for team, tile in lost if (PLAYERS[team == PLAYERS[0]], tile) not in seen]
+
+
+def assert_same(one, other):
+    """Two steps' results, or two resets': the same observations, rewards, flags and infos."""
+    assert one[0].keys() == other[0].keys() and one[1:] == other[1:]
+    for key in one[0]:
+        np.testing.assert_array_equal(one[0][key], other[0][key], key)
 
 
 def test_gymnasium_checker():
@@ -110,7 +144,8 @@ def test_planes_show_the_state_from_the_players_own_side():
             x, y = divmod(int(obs["pixel"][side, slot]), 32)
             owner = state.factories[player] if obs["kind"][side, slot] == FACTORY else state.units[player]
             assert tuple(owner[entity].pos.pos) == (x, y)
-            assert int(entity.split("_")[1]) == obs["unit_id"][side, slot]
+            number = owner[entity].num_id if obs["kind"][side, slot] == FACTORY else env.numbers[side][entity]
+            assert number == obs["unit_id"][side, slot]
 
 
 def test_the_engines_own_observation_gives_the_same():
@@ -121,9 +156,11 @@ def test_the_engines_own_observation_gives_the_same():
         handed = State.get_obs(env.engine.state)
         action = random_legal(env, rng)
         for side, player in enumerate(PLAYERS):
-            view = views[side] = View(handed, player, env.ids[side], SELF.max_units, views[side])
-            np.testing.assert_array_equal(make_planes(view), obs["planes"][side])
+            view = View(handed, player, env.ids[side], env.numbers[side], SELF.max_units, views[side])
+            views[side] = view
             np.testing.assert_array_equal(action_masks(view), env.masks[side])
+            for key, value in observe(view, env.masks[side], 0).items():
+                np.testing.assert_array_equal(value, obs[key][side], key)
             theirs, ours = (engine_actions(v, env.masks[side], action[side]) for v in (view, env.views[side]))
             assert theirs.keys() == ours.keys() and all(np.array_equal(theirs[name], ours[name]) for name in ours)
             orders += len(ours)
@@ -138,7 +175,9 @@ def test_joint_play_is_legal_and_harmless(opponent, seed, capfd):
     args = Args(map_size=32, factories_per_team=2, max_units=30, augment=False, opponent=opponent)
     env, rng = rich_game(args, seed), np.random.default_rng(seed)
     env.engine.env_cfg.verbose = 3  # the engine prints every action that it does not carry out
+    all_lost = watch_losses(env.engine)
     for _ in range(350):
+        lost_before = len(all_lost)
         state, kinds, ids = env.engine.state, [k.copy() for k in env.kinds], [list(i) for i in env.ids]
         # all that the team's terms need, from the engine's state before the step
         ice_before = [sum(u.cargo.ice for u in state.units[p].values()) for p in env.players]
@@ -171,18 +210,18 @@ def test_joint_play_is_legal_and_harmless(opponent, seed, capfd):
                     ice = sum(u.cargo.ice for u in state.units[player].values())
                     assert ice == ice_before[side] + dug - delivered
         assert reward == pytest.approx(obs["reward"].sum(), abs=1e-4)
+        assert not friendly(all_lost[lost_before:], env.engine.state)
         if over:
             break
     printed = capfd.readouterr().out
     if opponent == "idle":
         assert printed == ""
-        assert env.stats[0]["friendly_losses"] == 0
-        assert env.stats[0]["units_lost"] == 0
+        assert all_lost == []
     else:  # the two sides may collide with each other
         assert "Invalid" not in printed and "doesn't have enough" not in printed and "insufficient" not in printed
-        assert sum(stats["friendly_losses"] for stats in env.stats) == 0
     for side, player in enumerate(env.players):
         engine = env.engine.state.stats[player]
+        assert env.stats[side]["units_lost"] == sum(team == player for team, _ in all_lost)
         assert env.stats[side]["ice_transferred"] == engine["transfer"]["ice"] > 0
         assert env.stats[side]["ice_dug"] == sum(engine["generation"]["ice"].values()) > 0
         assert env.stats[side]["units_built"] == sum(engine["generation"]["built"].values()) > 0
@@ -266,14 +305,13 @@ def test_a_repeated_choice_is_sent_once(choices):
     for _ in range(300):
         env.step(random_legal(env, rng))
         view, mask = env.views[0], env.masks[0]
-        goes_on = np.isin(view.queued, choices) & mask[view.slot, view.queued]
-        if goes_on.any():
-            unit = np.flatnonzero(goes_on)[0]
+        goes_on = np.isin(view.units["queued"], choices) & mask[view.units["slot"], view.units["queued"]]
+        for unit in view.units[goes_on][:1]:
             action = np.zeros(env.num_slots, dtype=int)
-            action[view.slot[unit]] = view.queued[unit]
-            assert view.ids[view.slot[unit]] not in engine_actions(view, mask, action)
-            action[view.slot[unit]] = NO_OP
-            assert len(engine_actions(view, mask, action)[view.ids[view.slot[unit]]]) == 0  # cancelled
+            action[unit["slot"]] = unit["queued"]
+            assert view.ids[unit["slot"]] not in engine_actions(view, mask, action)
+            action[unit["slot"]] = NO_OP
+            assert len(engine_actions(view, mask, action)[view.ids[unit["slot"]]]) == 0  # cancelled
             return
     pytest.fail("no unit ever went on with its queue")
 
@@ -308,8 +346,9 @@ def test_an_augmented_game_is_the_same_game():
 
 
 def test_resolve_collisions():
-    def stopped(pos, target, newborn=()):
-        return resolve_collisions(np.array(pos), np.array(target), np.array(newborn, dtype=int)).tolist()
+    def stopped(pos, target, newborn=()):  # by columns of one row of the map
+        tiles = [np.array([(x, 9) for x in columns], dtype=int).reshape(-1, 2) for columns in (pos, target, newborn)]
+        return resolve_collisions(*tiles).tolist()
 
     assert stopped([1, 2], [2, 1]) == [False, False]  # a swap
     assert stopped([1, 2], [2, 2]) == [True, False]  # onto a parked unit
@@ -318,6 +357,53 @@ def test_resolve_collisions():
     assert stopped([1, 2, 3, 4], [2, 3, 4, 4]) == [True, True, True, False]  # a queue behind a parked unit
     assert stopped([1, 2, 3], [2, 3, 1]) == [False, False, False]  # a ring
     assert stopped([], []) == []
+
+
+def test_look():
+    layer = np.arange(1, 10).reshape(3, 3)
+    tiles = np.argwhere(layer)
+    np.testing.assert_array_equal(look(layer, tiles, 0), layer.ravel())  # every tile of the map
+    for off in (-4, -1, 3, 6):  # off the map to the left, right, top or bottom, or by a corner
+        outside = np.array([[(off, y) for y in range(3)], [(x, off) for x in range(3)], [(off, off)] * 3])
+        np.testing.assert_array_equal(look(layer, outside, -7), np.full((3, 3), -7))
+    mixed = np.array([[(0, 0), (-1, 0)], [(2, 3), (2, 2)]])
+    assert look(layer, mixed, 0).tolist() == [[1, 0], [0, 9]]
+    assert look(layer > 8, mixed, False).tolist() == [[False, False], [False, True]]
+
+
+def slots_after(ids, numbers, units, factories=("factory_0",)):
+    """`assign_slots` with two slots for units, when these are alive after the step."""
+    obs = {"units": {"player_0": dict.fromkeys(units)}, "factories": {"player_0": dict.fromkeys(factories)}}
+    return assign_slots(ids, numbers, obs, "player_0", 2)
+
+
+def test_assign_slots():
+    ids, numbers = [None, None, "factory_0"], {}
+    one = slots_after(ids, numbers, ["unit_2"])
+    assert one == ["unit_2", None, "factory_0"] and ids == [None, None, "factory_0"]
+    two = slots_after(one, numbers, ["unit_5"])  # the first one dies; its slot is not free yet
+    assert two == [None, "unit_5", "factory_0"]
+    three = slots_after(two, numbers, ["unit_5", "unit_9"])  # a unit keeps its slot, the newborn takes the free one
+    assert three == ["unit_9", "unit_5", "factory_0"]
+    assert slots_after(three, numbers, ["unit_9"], []) == ["unit_9", None, None]
+    assert numbers == {"unit_2": 2, "unit_5": 3, "unit_9": 4}  # after the factories of both sides, 0 and 1
+
+
+@pytest.mark.parametrize("args", [SMALL, SELF], ids=["idle", "self"])
+def test_each_side_numbers_its_units_as_if_it_alone_built(args):
+    """With an idle opponent these are the engine's numbers; in self-play the other side's units leave no gaps."""
+    env, rng, seen = rich_game(args, 0), np.random.default_rng(0), [{} for _ in PLAYERS]
+    for _ in range(60):
+        env.step(random_legal(env, rng))
+        for side, player in enumerate(env.players):
+            seen[side] |= dict.fromkeys(env.engine.state.units[player])  # in the order in which they are built
+            units = env.views[side].units
+            assert [env.numbers[side][env.ids[side][slot]] for slot in units["slot"]] == units["id"].tolist()
+    for side in range(len(env.players)):
+        assert len(seen[side]) > 6
+        assert env.numbers[side] == {unit_id: number for number, unit_id in enumerate(seen[side], start=4)}
+        if args is SMALL:
+            assert [f"unit_{number}" for number in env.numbers[side].values()] == list(seen[side])
 
 
 def test_building_is_masked_when_slots_run_out():
@@ -397,6 +483,12 @@ def test_ice_pays_as_in_the_paper():
     assert SMALL.reward_ice_dug + SMALL.reward_ice_delivered + SMALL.reward_ice_received == pytest.approx(0.002)
 
 
+def now(env, previous=None):
+    """The first side's masks, by the engine's state as it is."""
+    obs = env.engine.state.get_obs()
+    return action_masks(View(obs, PLAYERS[0], env.ids[0], env.numbers[0], env.args.max_units, previous))
+
+
 def test_water_mask_bounds_the_engine_cost():
     env = rich_game(SMALL, 0)
     watering = np.zeros((1, env.num_slots), dtype=int)
@@ -405,13 +497,12 @@ def test_water_mask_bounds_the_engine_cost():
     most = 0
     for step in range(120):
         factories = list(env.engine.state.factories[PLAYERS[0]].values())
-        tiles = env.views[0].most_lichen
+        tiles = env.views[0].most_lichen[SMALL.max_units :]
         for factory, count in zip(factories, tiles, strict=True):
             assert factory.water_cost(env.engine.env_cfg) <= np.ceil((12 + 5 * count) / 10)
         env.step(watering if step % 40 < 30 else np.zeros_like(watering))
         for slot, factory in enumerate(factories, start=SMALL.max_units):
-            mask = action_masks(View(env.engine.state.get_obs(), PLAYERS[0], env.ids[0], SMALL.max_units, env.views[0]))
-            if mask[slot, WATER]:
+            if now(env, env.views[0])[slot, WATER]:
                 assert factory.cargo.water > factory.water_cost(env.engine.env_cfg)
         most = max(most, int(tiles.max()))
     assert most > 12  # lichen has spread beyond the tiles around the factory
@@ -422,8 +513,7 @@ def test_watering_is_masked_without_water_or_ground():
     board, factories = env.engine.state.board, list(env.engine.state.factories[PLAYERS[0]].values())
 
     def allowed():
-        view = View(env.engine.state.get_obs(), PLAYERS[0], env.ids[0], SMALL.max_units)
-        return action_masks(view)[SMALL.max_units :, WATER].tolist()
+        return now(env)[SMALL.max_units :, WATER].tolist()
 
     board.rubble[:] = 0
     assert allowed() == [True, True]
@@ -465,6 +555,18 @@ def test_placement_score_prefers_clear_ice_and_dislikes_own_factories():
     assert score(ice=[(10, 10)]) > score(ice=[(10, 10)], own=[(6, 6)])
 
 
+def test_choose_spot_takes_the_best_tile_that_is_allowed():
+    env = LuxEnv(SMALL)
+    env.reset(seed=0)
+    obs = env.engine.state.get_obs()
+    score = placement_score(obs, PLAYERS[0])
+    first, second = np.argsort(score.ravel())[[-1, -2]]
+    for allowed, expected in (([first, second, 0], first), ([second, 0], second), ([], None)):
+        board = {**obs["board"], "valid_spawns_mask": np.isin(np.arange(32 * 32), allowed).reshape(32, 32)}
+        spot = choose_spot({**obs, "board": board}, PLAYERS[0])
+        assert (None if spot is None else 32 * spot[0] + spot[1]) == expected
+
+
 def test_training_maps_differ_between_seeds_and_from_evaluation(monkeypatch):
     drawn = {}
     for seed in (1, 2, 3):
@@ -472,14 +574,15 @@ def test_training_maps_differ_between_seeds_and_from_evaluation(monkeypatch):
         for env_seed in np.random.SeedSequence(seed).generate_state(8):
             env = LuxEnv(SMALL)
             monkeypatch.setattr(env, "_start_game", lambda map_seed, seed=seed: drawn[seed].append(map_seed))
-            with pytest.raises(MapError):
+            with pytest.raises(Refusal):
                 env.reset(seed=int(env_seed))
     assert all(len(set(maps)) == 800 and min(maps) >= NUM_EVAL_MAPS for maps in drawn.values())
     assert len(set(drawn[1]) | set(drawn[2]) | set(drawn[3])) == 2400
 
 
 def test_map_without_room_is_one_sentence():
-    with pytest.raises(MapError, match="raise --map-size or lower --factories-per-team"):
+    sentence = "^100 maps lacked ice or room: raise --map-size or lower --factories-per-team.$"
+    with pytest.raises(Refusal, match=sentence):
         LuxEnv(Args(map_size=24, factories_per_team=10)).reset(seed=0)
 
 
@@ -494,16 +597,91 @@ def test_bad_luck_with_maps_does_not_end_a_run_that_has_begun(monkeypatch):
     assert len(set(draws)) == 151 and env.engine.state.seed == draws[-1]
 
 
-def test_evaluation_maps_are_played_in_turn():
-    env = LuxEnv(SMALL, map_seeds=[5, 9])
-    for seed in (5, 9):
-        env.reset()
+def test_the_map_of_a_seed_is_played():
+    env = LuxEnv(SMALL)
+    for seed in (5, 0):
+        env.reset(options={"map_seed": seed})
         assert env.engine.state.seed == seed
+    env.reset()
+    assert env.engine.state.seed >= NUM_EVAL_MAPS
+
+
+def test_a_map_of_a_seed_that_will_not_do_is_followed_by_other_evaluation_maps():
+    drawn = [next(maps) for maps in [draw_maps(np.random.default_rng(0), 7)] * 200]
+    assert drawn[0] == 7 and max(drawn) < NUM_EVAL_MAPS and len(set(drawn)) > 190
+    assert next(draw_maps(np.random.default_rng(0))) >= NUM_EVAL_MAPS
+    again = draw_maps(np.random.default_rng(1), 7)
+    assert [next(again) for _ in drawn] == drawn  # by the seed alone
+
+
+# ---- the same game again
+
+
+@pytest.mark.parametrize("opponent", ["idle", "self"])
+def test_a_game_goes_on_in_another_environment(opponent):
+    """`game`, saved and loaded, leads a fresh environment to the same step, from which both play the same."""
+    args, rng = Args(map_size=24, factories_per_team=1, max_units=16, opponent=opponent), np.random.default_rng(0)
+    env, symmetries = LuxEnv(args), set()
+    thrifty = [1, 1, 1, 0.1, 1, 1, 1, 1]  # seldom water, which would end the game soon
+    env.reset(seed=3)
+    for _ in range(30):  # of another episode, which the game does not hold
+        env.step(random_legal(env, rng, thrifty))
+    env.reset()
+    for steps in (0, 40, 20):  # right after the reset; later; and again, from a game that was itself continued
+        for _ in range(steps):
+            env.step(random_legal(env, rng, thrifty))
+        twin, file = LuxEnv(args), io.BytesIO()
+        torch.save(env.game, file)
+        file.seek(0)
+        twin.game = torch.load(file, weights_only=True)
+        assert twin.stats == env.stats and twin.numbers == env.numbers
+        for _ in range(20):
+            action = random_legal(env, rng, thrifty)
+            symmetries.add(env.symmetry)
+            assert_same(env.step(action), twin.step(action))
+        env, past = twin, env
+    assert len(env.numbers[0]) > 1 and len(symmetries) == 8
+    assert_same(past.reset(), env.reset())  # and the next episode is the same
+
+
+def on_the_stock_engine():
+    """The script with its one import of the fast engine replaced, as a module."""
+    path, line = Path(script.__file__), "from luxai_s2_fast import LuxAI_S2"
+    source, module = path.read_text(), types.ModuleType("stock_lux")
+    assert source.count(line) == 1
+    exec(compile(source.replace(line, "from luxai_s2.env import LuxAI_S2"), path, "exec"), module.__dict__)
+    return module
+
+
+@pytest.mark.parametrize("opponent", ["idle", "self"])
+def test_the_environment_on_the_stock_engine_is_the_same(opponent, capfd):
+    """Every observation, reward and flag of random legal play, past an episode's end; the engine objects to nothing."""
+    stock = on_the_stock_engine()
+    assert stock.MeteredLux.__mro__[1].__module__ == "luxai_s2.env"
+    args = Args(map_size=32, factories_per_team=2, max_units=30, opponent=opponent)
+    envs = [rich_game(args, 1, cls, collect_stats=False) for cls in (LuxEnv, stock.LuxEnv)]
+    rng, built, ends = np.random.default_rng(1), 0, 0
+    for step in range(260):
+        action = random_legal(envs[0], rng, [1, 1, 1, 1, 1, 4, 4, 1])
+        one, other = [env.step(action) for env in envs]
+        assert_same(one, other)
+        built = max(built, len(envs[0].numbers[0]))
+        if step == 180:
+            for env in envs:  # no water: the episode ends soon
+                for factory in env.engine.state.factories[PLAYERS[0]].values():
+                    factory.cargo.water, factory.cargo.ice = 3, 0
+        if one[2]:
+            ends += 1
+            assert_same(*[env.reset() for env in envs])
+    assert built > 10 and ends == 1
+    assert capfd.readouterr().out == ""
 
 
 def test_same_step_reset_keeps_the_last_rewards():
     """What the training loop stores adds up to the episode's statistics."""
-    envs = make_vector_env(Args(map_size=24, factories_per_team=1, max_units=16), [None, None])
+    args = Args(map_size=24, factories_per_team=1, max_units=16)
+    modes = {"copy": False, "autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
+    envs = gym.vector.AsyncVectorEnv([lambda: make_worker_env(args)] * 2, **modes)
     envs.reset(seed=[11, 12])
     total, ended, rng = np.zeros(2), 0, np.random.default_rng(0)
     while ended < 4:

@@ -75,6 +75,9 @@ def test_group_index():
     assert group_index(unit_id, 3, 0).tolist() == [[0, 1, 2, 3, 4]]
     assert group_index(unit_id, 3, 2).tolist() == [[0, 1, 0, 2, 3]]
     assert group_index(unit_id, 3, 4).tolist() == [[0, 1, 2, 4, 5]]
+    far = torch.tensor([[10**6, 0, 7, 0, 0]])  # also of empty slots, whose unit id is 0
+    for num_groups in range(6):
+        assert group_index(far, 3, num_groups).max() < (num_groups or 3) + 2
 
 
 def test_group_is_done_when_all_that_acted_are():
@@ -92,7 +95,45 @@ def test_group_is_done_when_all_that_acted_are():
     assert trajectories.values[:, 0, 0].tolist() == [11, 20, 50]
     # The bootstrap is that of the members that acted and survived, at their new pixels.
     assert trajectories.next_values[:, 0, 0].tolist() == [20, 0, 60]
-    assert trajectories.active.all()
+    assert trajectories.active[:, 0, 0].all()
+
+
+def test_members_that_move_to_another_group_are_bootstrapped_where_they_acted():
+    trajectories = separate(
+        rewards=[[1, 2], [4, 8]],
+        dones=[[0, 0], [0, 0]],
+        values=[[1, 2], [30, 40], [500, 600]],
+        mask=[[1, 1], [1, 1]],
+        group=[[0, 0], [0, 1]],  # slot 1 moves to group 1 in step 1
+    )
+    assert trajectories.rewards[:, 0].tolist() == [[3, 0], [4, 8]]
+    assert trajectories.values[:, 0].tolist() == [[3, 0], [30, 40]]
+    assert trajectories.next_values[:, 0].tolist() == [[70, 0], [500, 600]]
+    assert trajectories.active[:, 0].tolist() == [[True, False], [True, True]]
+    assert trajectories.dones[:, 0].tolist() == [[0, 0], [0, 0]]  # a group without members has not ended
+
+
+def test_next_values_are_0_where_a_group_ended():
+    """On random rollouts of groups of several, with values that are never 0; nothing stands in inactive cells."""
+    rng, ended = np.random.default_rng(0), 0
+    for _ in range(20):
+        mask = rng.random((10, 6)) < 0.6
+        dones = mask & (rng.random((10, 6)) < 0.6)
+        group = rng.integers(0, 3, (10, 6))
+        values, rewards = rng.uniform(1, 2, (11, 6)), rng.normal(size=(10, 6))
+        cells = separate(rewards, dones, values, mask, group.tolist(), total_groups=3)
+        for g in range(3):
+            members = mask & (group == g)
+            survivors = members & ~dones
+            np.testing.assert_array_equal(cells.active[:, 0, g], members.any(1))
+            over = members.any(1) & ~survivors.any(1)
+            np.testing.assert_array_equal(cells.dones[:, 0, g], over)
+            np.testing.assert_array_equal(cells.next_values[:, 0, g] == 0, ~survivors.any(1))
+            np.testing.assert_allclose(cells.next_values[:, 0, g], (values[1:] * survivors).sum(1), rtol=1e-5)
+            np.testing.assert_allclose(cells.values[:, 0, g], (values[:-1] * members).sum(1), rtol=1e-5)
+            assert not compute_gae(cells, GAMMA, LAMBDA)[:, 0, g][~members.any(1)].any()
+            ended += over.sum()
+    assert ended > 50
 
 
 def test_choice_needs_more_than_one_legal_action():
