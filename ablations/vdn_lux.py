@@ -15,8 +15,8 @@ CPU, a run of minutes:      python ablations/vdn_lux.py --small
 # Removed from ppo_trajsep_lux: Args.num_groups, Args.clip_coef, Args.clip_vloss, Args.ent_coef, Args.anneal_ent
 # Removed from ppo_trajsep_lux: Args.vf_coef, group_index, group_sum, class Trajectories, Trajectories.rewards
 # Removed from ppo_trajsep_lux: Trajectories.dones, Trajectories.values, Trajectories.next_values, Trajectories.active
-# Removed from ppo_trajsep_lux: Trajectories.choice, separate_trajectories, compute_gae, masked_mean, normalize, policy_loss
-# Removed from ppo_trajsep_lux: value_loss, Agent.get_value
+# Removed from ppo_trajsep_lux: Trajectories.choice, separate_trajectories, compute_gae, masked_mean, normalize
+# Removed from ppo_trajsep_lux: policy_loss, value_loss, Agent.get_value
 
 import csv
 import ctypes
