@@ -91,6 +91,8 @@ class Args:
     """to a unit, per rubble it digs off a tile with ice"""
     reward_factory_alive: float = 0.001
     """to a factory, per step it survives"""
+    reward_lichen: float = 0.0
+    """to a factory, per lichen that it gained in the step (whole games are won by lichen)"""
     reward_unit_lost: float = -0.1
     """to a unit, when it is destroyed"""
     reward_factory_lost: float = -1.0
@@ -456,12 +458,11 @@ NO_OP, UP, RIGHT, DOWN, LEFT, DIG, DELIVER, PICK_UP = range(NUM_ACTIONS)  # unit
 BUILD_LIGHT, BUILD_HEAVY, WATER = 1, 2, 3  # factory actions, beside NO_OP
 DELTAS = np.array([[0, 0], [0, -1], [1, 0], [0, 1], [-1, 0]])  # of tiles (x, y): stay, up, right, down, left
 
-ROBOTS = EnvConfig().ROBOTS
-
 
 def by_kind(name):
     """A number of the rules for each kind, so that an array of kinds can index it."""
-    return np.array([0, getattr(ROBOTS["LIGHT"], name), getattr(ROBOTS["HEAVY"], name)])
+    robots = EnvConfig().ROBOTS
+    return np.array([0, getattr(robots["LIGHT"], name), getattr(robots["HEAVY"], name)])
 
 
 METAL_COST, POWER_COST = by_kind("METAL_COST"), by_kind("POWER_COST")
@@ -476,14 +477,23 @@ DIG_COST, QUEUE_COST = by_kind("DIG_COST"), by_kind("ACTION_QUEUE_POWER_COST")
 class MeteredLux(LuxAI_S2):
     """The engine, noting for every step who dug, cleared and delivered how much.
 
-    Comparing cargo before and after a step would mislead: a unit that is destroyed in the move phase
-    may still have delivered, and factories refine ice in the step in which they receive it.
+    Cargo before and after would mislead: a unit that is destroyed in the move phase may still have
+    delivered, and factories refine ice in the step in which they receive it.
     """
 
     def step(self, actions):
-        names = ("ice_dug", "ice_delivered", "ice_received", "rubble_cleared")
+        names = ("ice_dug", "ice_delivered", "ice_received", "rubble_cleared", "lichen_gained")
         self.meters = {name: defaultdict(int) for name in names}  # by entity id
-        return super().step(actions)
+        before = self.lichen()
+        result = super().step(actions)
+        for strain, gained in enumerate(self.lichen() - before):
+            self.meters["lichen_gained"][f"factory_{strain}"] = max(gained, 0)
+        return result
+
+    def lichen(self):
+        """How much lichen each factory has, by its number."""
+        strains, lichen = self.state.board.lichen_strains, self.state.board.lichen
+        return np.bincount(strains[strains >= 0], lichen[strains >= 0], 2 * self.env_cfg.MAX_FACTORIES)
 
     def _handle_dig_actions(self, actions_by_type):
         rubble, diggers = self.state.board.rubble, [unit for unit, _ in actions_by_type["dig"]]
@@ -512,8 +522,8 @@ class MeteredLux(LuxAI_S2):
 def placement_score(obs, player):
     """How good each tile is as a factory's centre: float (map_size, map_size), higher is better.
 
-    A sum of Gaussian filters (the paper's; the terms are ours): ice with little rubble on it at the
-    factory's edge, or else not far off; ground without rubble; less own factories close by.
+    Gaussian filters (the paper's; the terms are ours) over ice with little rubble on it, at the edge
+    and further off, and over clear ground; less own factories close by.
     """
     board = obs["board"]
     clear = 1 - board["rubble"] / 100
@@ -521,11 +531,9 @@ def placement_score(obs, player):
     own = np.zeros(clear.shape)
     for factory in obs["factories"].get(player, {}).values():
         own[tuple(factory["pos"])] = 1
-    score = 0
-    for layer, sigma, weight in ((ice, 1.5, 1.0), (ice, 6.0, 0.2), (clear, 3.0, 0.01), (own, 4.0, -0.5)):
-        score = score + weight * 2 * np.pi * sigma**2 * gaussian_filter(
-            layer, sigma, mode="constant"
-        )  # weight: a tile's
+    score, terms = 0, ((ice, 1.5, 1.0), (ice, 6.0, 0.2), (clear, 3.0, 0.01), (own, 4.0, -0.5))
+    for layer, sigma, weight in terms:  # the weight is that of one tile at distance 0
+        score = score + weight * 2 * np.pi * sigma**2 * gaussian_filter(layer, sigma, mode="constant")
     return score
 
 
@@ -549,9 +557,9 @@ RING = np.array(  # from a factory's centre to the 12 tiles that touch it, where
 def assign_slots(ids, numbers, obs, player, max_units):
     """The entity in every slot after a step: list of ids (num_slots,), None where empty.
 
-    `ids` is that list before the step. Units keep their slots for life; a newborn takes one that was
-    free before the step, so that the end of the slot's last owner is seen first. `numbers` gets the
-    newborn's id: the one that it would have if only this side built (in self-play both count together).
+    `ids` is that list before the step. A newborn takes a slot that was free before the step, so that
+    the end of the last owner is seen first. `numbers` gets the newborn's id: the one that it would
+    have if only this side built (in self-play both count together).
     """
     free = iter([slot for slot in range(max_units) if ids[slot] is None])
     living = {*obs["units"][player], *obs["factories"][player]}
@@ -766,10 +774,7 @@ def engine_actions(view, mask, action):
     orders[:, 0, 1] += deliver * (touching >= 0).argmax(1)
     orders[:, 0, 3] = deliver * units["ice"] + (act == PICK_UP) * room
     orders[:, 0, 5] = np.maximum(repeats, 1)
-    engine = {
-        view.ids[slot]: order[:0] if choice == NO_OP else order
-        for slot, order, choice in zip(units["slot"], orders, act, strict=True)
-    }
+    engine = {view.ids[s]: order[: int(a != NO_OP)] for s, order, a in zip(units["slot"], orders, act, strict=True)}
     for slot, choice in zip(factories["slot"], chosen, strict=True):
         if choice != NO_OP:
             engine[view.ids[slot]] = int(choice) - BUILD_LIGHT
@@ -779,7 +784,7 @@ def engine_actions(view, mask, action):
 # ---- rewards
 
 
-def entity_rewards(args, kind, lost, ice_dug, ice_delivered, ice_received, rubble_cleared):
+def entity_rewards(args, kind, lost, ice_dug, ice_delivered, ice_received, rubble_cleared, lichen_gained):
     """Each entity's own reward for one step, from what it did itself: float32 (num_slots,).
 
     All arguments after `args` have shape (num_slots,); `kind` is that before the step. What a new
@@ -790,7 +795,7 @@ def entity_rewards(args, kind, lost, ice_dug, ice_delivered, ice_received, rubbl
     0.002 a piece, as in the paper's tables. Rubble on ice pays, since it takes some three digs.
     """
     survival = np.where(lost, args.reward_factory_lost, args.reward_factory_alive)
-    factory = args.reward_ice_received * ice_received + survival
+    factory = args.reward_ice_received * ice_received + args.reward_lichen * lichen_gained + survival
     mining = args.reward_ice_dug * ice_dug + args.reward_rubble_cleared * rubble_cleared
     unit = mining + args.reward_ice_delivered * ice_delivered + args.reward_unit_lost * lost
     return np.where(kind == FACTORY, factory, np.where(kind == EMPTY, 0, unit)).astype(np.float32)
@@ -849,20 +854,19 @@ class LuxEnv(gym.Env):
     """One game of Lux AI Season 2 against an idle opponent, or against the same policy.
 
     Observations are a dictionary of arrays with a leading axis of sides (1, or 2 in self-play):
-    `planes` (sides, 18, map_size, map_size); per slot `pixel`, `kind`, `unit_id` and `action_mask`;
-    and of the step that led here `reward` and `done`, by the slots before it, because gymnasium's
-    vector environments carry but one reward an environment. An action is an integer per side and
-    slot; illegal ones count as NO_OP. An episode ends after 1,000 steps or when a side has no
-    factory left: both are terminations.
+    `planes` (sides, 18, map_size, map_size); per slot `pixel`, `kind`, `unit_id`, `action_mask`; and
+    `reward` and `done` of the step that led here, by the slots before it, because gymnasium's vector
+    environments carry but one reward an environment. An action is an integer per side and slot;
+    illegal ones count as NO_OP. An episode ends, by termination, after 1,000 steps or with a side's
+    last factory.
 
     Training maps come from the environment's own generator (`reset(seed=...)`); with
     `reset(options={"map_seed": n})` map n is played. With `augment`, each observation is turned or
     mirrored by chance, and the action that answers it is turned back.
 
-    What one step hands to the next, by side: `ids` and `numbers` (see `assign_slots`), `views`,
-    `masks` (not turned), `kinds` and `stats`; and `symmetry`, that of the last observation.
-
-    Raises Refusal if the first 100 maps all have no ice or no room for the factories.
+    From step to step it keeps by side `ids`, `numbers` (see `assign_slots`), `views`, `masks` (not
+    turned), `kinds` and `stats`; and the `symmetry` of the last observation. In `game` lies how it
+    came here.
     """
 
     def __init__(self, args):
@@ -923,9 +927,8 @@ class LuxEnv(gym.Env):
     def _observe(self, obs, rewards, dones):
         self.symmetry = int(self.np_random.integers(8)) if self.args.augment else 0
         sides = zip(self.players, self.ids, self.numbers, self.views, strict=True)
-        self.views = [
-            View(obs, player, ids, numbers, self.args.max_units, last) for player, ids, numbers, last in sides
-        ]
+        units = self.args.max_units
+        self.views = [View(obs, player, ids, numbers, units, last) for player, ids, numbers, last in sides]
         self.masks = [action_masks(view) for view in self.views]
         sides = [observe(view, mask, self.symmetry) for view, mask in zip(self.views, self.masks, strict=True)]
         self.kinds = [side["kind"] for side in sides]
@@ -945,13 +948,11 @@ class LuxEnv(gym.Env):
         rewards, dones = [], []
         for side, player in enumerate(self.players):
             ids, kind = self.ids[side], self.kinds[side]
-            living = {*obs["units"][player], *obs["factories"][player]}
-            lost = np.array([entity is not None and entity not in living for entity in ids])
+            self.ids[side] = assign_slots(ids, self.numbers[side], obs, player, self.args.max_units)
+            lost = np.array([entity is not None and entity not in self.ids[side] for entity in ids])
             meters = {name: np.array([meter[entity] for entity in ids]) for name, meter in self.engine.meters.items()}
             rewards.append(entity_rewards(self.args, kind, lost, **meters))
             dones.append(lost | (over & (kind != EMPTY)))
-            self.ids[side] = assign_slots(ids, self.numbers[side], obs, player, self.args.max_units)
-
             stats = self.stats[side]
             stats["episodic_return"] += float(rewards[side].sum())
             stats["episodic_length"] += 1
@@ -978,11 +979,10 @@ class LuxEnv(gym.Env):
 
 def make_worker_env(args):
     """An environment in a process of its own, which ends with the main process and leaves signals to it."""
-    if multiprocessing.parent_process() is None:  # gymnasium makes one in the main process, to look at
-        return LuxEnv(args)
-    if sys.platform == "linux":
+    in_worker = multiprocessing.parent_process() is not None  # gymnasium makes one in the main process as well
+    if in_worker and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: also if the main process is killed
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM) if in_worker else ():
         signal.signal(number, signal.SIG_IGN)
     return LuxEnv(args)
 
@@ -1056,8 +1056,7 @@ if __name__ == "__main__":
         if changed:
             raise Refusal(f"--{changed[0].replace('_', '-')} was another when {run_dir} began: leave it as it was.")
         if checkpoint["iteration"] == args.num_iterations:
-            print(f"{run_dir} is finished.")
-            sys.exit()
+            leave(0, f"{run_dir} is finished.")
 
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = True
@@ -1087,8 +1086,8 @@ if __name__ == "__main__":
             json.dump(asdict(args), file, indent=2)
 
     # ---- start, or go on
-    iteration, seconds, rows, best = 0, 0.0, [], -np.inf  # iterations that are done
-    recent = deque(maxlen=16)  # returns of the last episodes
+    start = checkpoint or {"iteration": 0, "seconds": 0.0, "rows": [], "recent": [], "best": -np.inf}
+    rows, recent, best = start["rows"], deque(start["recent"], maxlen=16), start["best"]  # recent episodes' returns
     if checkpoint is None:
         seeds = np.random.SeedSequence(args.seed).generate_state(args.num_envs)
         next_obs = to_tensors(envs.reset(seed=[int(seed) for seed in seeds])[0], device)
@@ -1099,14 +1098,12 @@ if __name__ == "__main__":
         torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
         envs.set_attr("game", checkpoint["games"])
         next_obs = {key: value.to(device) for key, value in checkpoint["next_obs"].items()}
-        iteration, seconds, rows, best = (checkpoint[key] for key in ("iteration", "seconds", "rows", "best"))
-        recent.extend(checkpoint["recent"])
     steps = args.num_envs * args.num_steps
-    global_step = iteration * steps
+    global_step = start["iteration"] * steps
     print(f"{run_dir}: {sum(p.numel() for p in agent.parameters()):,} parameters on {device}, ", end="")
     print(f"steps {global_step:,} to {args.num_iterations * steps:,} in rollouts of {steps:,}", flush=True)
     writer = SummaryWriter(run_dir, purge_step=global_step + 1)
-    start_time, last_line, num_threads = time.time() - seconds, 0.0, torch.get_num_threads()
+    start_time, last_line, num_threads = time.time() - start["seconds"], 0.0, torch.get_num_threads()
 
     # ---- storage
     # Differs from ppo_trajsep_lux: older rollouts
@@ -1115,11 +1112,8 @@ if __name__ == "__main__":
     ring = args.reuse * args.num_steps  # steps that are kept, the newest last
     num_rows = args.batch_size // args.num_steps  # environments times sides
     shape = (ring, num_rows, num_slots)
-    obs = {  # (ring, num_rows, ...)
-        key: torch.zeros(ring, *value.shape, dtype=value.dtype, device=device)
-        for key, value in next_obs.items()
-        if key not in ("reward", "done")
-    }
+    obs = {key: value.new_zeros(ring, *value.shape) for key, value in next_obs.items()}
+    del obs["reward"], obs["done"]  # of the step before: they have buffers of their own
     actions = torch.zeros(shape, dtype=torch.int64, device=device)
     entity_logprobs, entity_reward, entity_dones, current = torch.zeros(4, *shape, device=device)
     probs = torch.zeros(*shape, NUM_ACTIONS, device=device)
@@ -1129,7 +1123,7 @@ if __name__ == "__main__":
     for buffer, saved in zip(kept, checkpoint["kept"] if checkpoint else (), strict=False):
         buffer.copy_(saved)
 
-    for iteration in range(checkpoint["iteration"] + 1 if checkpoint else 1, args.num_iterations + 1):
+    for iteration in range(start["iteration"] + 1, args.num_iterations + 1):
         frac = 1.0 - (iteration - 1.0) / args.num_iterations
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = frac * args.learning_rate
@@ -1249,8 +1243,7 @@ if __name__ == "__main__":
         global_step, now = iteration * steps, time.time()
         seconds = now - start_time
         row = {"global_step": global_step, "charts/seconds": seconds, "charts/SPS": global_step / seconds}
-        row["charts/rollout_seconds"] = update_start - rollout_start
-        row["charts/update_seconds"] = now - update_start
+        row |= {"charts/rollout_seconds": update_start - rollout_start, "charts/update_seconds": now - update_start}
         row["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
         row["charts/episodes"] = len(full)  # that ended in this iteration; the next are their means
         for name, values in {**episodes, "full_episodes": full}.items():
