@@ -147,9 +147,10 @@ class Args:
 
 
 SMALL = Args(small=True, map_size=32, factories_per_team=2, max_units=30, channels=24, total_timesteps=24576)
+# Differs from ppo_trajsep_lux: all get the team's reward
 RANGES = {  # what numbers may be, ends included; all others from 1 to 10^9 if whole, else from -1000 to 1000
     **{"map_size": (24, 64), "factories_per_team": (1, 10), "max_units": (1, 1000), "num_envs": (1, 1000)},
-    **{"seed": (0, 2**32 - 1), "num_groups": (0, 1000), "channels": (4, 4096)},
+    **{"seed": (0, 2**32 - 1), "team_scale": (0, 1000), "channels": (4, 4096)},
     **dict.fromkeys(("learning_rate", "clip_coef", "max_grad_norm"), (1e-12, 10**6)),
     **{"gamma": (0, 1), "gae_lambda": (0, 1), "ent_coef": (0, 100), "vf_coef": (0, 100)},
 }
@@ -247,7 +248,7 @@ def compute_gae(trajectories, gamma, gae_lambda):
     advantages = torch.zeros_like(rewards)
     lastgaelam = torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
-        delta = rewards[t] + gamma * next_values[t] - values[t]  # next_values are 0 where the group ended
+        delta = rewards[t] + gamma * next_values[t] - values[t]  # next_values say what an end leaves: here nothing
         lastgaelam = active[t] * (delta + gamma * gae_lambda * (1.0 - dones[t]) * lastgaelam)
         advantages[t] = lastgaelam
     return advantages
@@ -910,7 +911,7 @@ class LuxEnv(gym.Env):
         return self._observe(obs, rewards, dones), float(np.sum(rewards)), over, False, info
 
     @property
-    def game(self):  # the generator before the reset, and the moves since: what leads to this step again
+    def game(self):  # of a training map: the generator before the reset and the moves since, which lead here again
         return {"generator": self.generator, "moves": torch.from_numpy(np.array(self.moves, dtype=np.uint8))}
 
     @game.setter

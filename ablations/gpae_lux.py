@@ -157,9 +157,10 @@ class Args:
 
 
 SMALL = Args(small=True, map_size=32, factories_per_team=2, max_units=30, channels=24, total_timesteps=24576)
+# Differs from ppo_trajsep_lux: older rollouts
 RANGES = {  # what numbers may be, ends included; all others from 1 to 10^9 if whole, else from -1000 to 1000
     **{"map_size": (24, 64), "factories_per_team": (1, 10), "max_units": (1, 1000), "num_envs": (1, 1000)},
-    **{"seed": (0, 2**32 - 1), "num_groups": (0, 1000), "channels": (4, 4096)},
+    **{"seed": (0, 2**32 - 1), "team_scale": (0, 1000), "reuse": (1, 64), "eta": (1, 1000), "channels": (4, 4096)},
     **dict.fromkeys(("learning_rate", "clip_coef", "max_grad_norm"), (1e-12, 10**6)),
     **{"gamma": (0, 1), "gae_lambda": (0, 1), "ent_coef": (0, 100), "vf_coef": (0, 100)},
 }
@@ -277,7 +278,7 @@ def compute_gae(trajectories, weights, gamma, gae_lambda):
     following = torch.cat((weights[1:], torch.ones_like(weights[:1])))  # of the step after: the first step has none
     lastgaelam = torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
-        delta = rewards[t] + gamma * next_values[t] - values[t]  # next_values are 0 where the group ended
+        delta = rewards[t] + gamma * next_values[t] - values[t]  # next_values say what an end leaves: here nothing
         lastgaelam = active[t] * (delta + gamma * gae_lambda * (1.0 - dones[t]) * following[t] * lastgaelam)
         advantages[t] = lastgaelam
     return advantages
@@ -966,7 +967,7 @@ class LuxEnv(gym.Env):
         return self._observe(obs, rewards, dones), float(np.sum(rewards)), over, False, info
 
     @property
-    def game(self):  # the generator before the reset, and the moves since: what leads to this step again
+    def game(self):  # of a training map: the generator before the reset and the moves since, which lead here again
         return {"generator": self.generator, "moves": torch.from_numpy(np.array(self.moves, dtype=np.uint8))}
 
     @game.setter
@@ -1121,7 +1122,7 @@ if __name__ == "__main__":
 
     kept = [*obs.values(), actions, entity_logprobs, entity_reward, entity_dones]
     for buffer, saved in zip(kept, checkpoint["kept"] if checkpoint else (), strict=False):
-        buffer.copy_(saved)
+        buffer[args.num_steps :] = saved
 
     for iteration in range(start["iteration"] + 1, args.num_iterations + 1):
         frac = 1.0 - (iteration - 1.0) / args.num_iterations
@@ -1277,7 +1278,7 @@ if __name__ == "__main__":
         if len(recent) == recent.maxlen and np.mean(recent) > best:
             best = float(np.mean(recent))
             save(model, in_run("best.pt"))
-        state = {"kept": kept if args.reuse > 1 else []}
+        state = {"kept": [buffer[args.num_steps :] for buffer in kept]}
         state |= {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "games": envs.get_attr("game")}
         state |= {"cuda_rng": torch.cuda.get_rng_state_all(), "iteration": iteration, "seconds": seconds}
         state |= {"next_obs": next_obs, "rows": rows, "recent": list(recent), "best": best}

@@ -83,6 +83,18 @@ own_reward_75 | own reward 75% | own_reward | --own-reward 0.75 | about 33,800
 own_reward_50 | own reward 50% | own_reward | --own-reward 0.5 | about 24,000
 own_reward_25 | own reward 25% | own_reward | --own-reward 0.25 |
 own_reward_0 | own reward 0% (global reward) | own_reward | --own-reward 0 | 9,614 +- 8,094
+coma | COMA | ablations/coma_lux.py | |
+gpae_95 | GPAE, lambda 0.95 | ablations/gpae_lux.py | --gae-lambda 0.95 |
+gpae_50 | GPAE, lambda 0.5 | ablations/gpae_lux.py | --gae-lambda 0.5 |
+gpae_0 | GPAE, lambda 0 | ablations/gpae_lux.py | --gae-lambda 0 |
+gpae_reuse_2 | GPAE, each rollout used twice | ablations/gpae_lux.py | --num-steps 32 --reuse 2 |
+dae_25 | DAE, beta 0.25 | ablations/dae_lux.py | --beta 0.25 |
+dae_50 | DAE, beta 0.5 | ablations/dae_lux.py | --beta 0.5 |
+dae_100 | DAE, beta 1 | ablations/dae_lux.py | --beta 1 |
+vdn | VDN | ablations/vdn_lux.py | |
+difference | difference rewards | ablations/difference_lux.py | |
+difference_free | difference rewards without branches | own_reward |\
+ --own-reward 0.9 --reward-ice-delivered 0.001 --reward-ice-received 0 |
 quadrant | units by quadrant | grouping | --grouping quadrant | 22,385
 closest_factory | units by closest factory | grouping | --grouping closest-factory | 27,009
 closest_heavy | units by closest heavy | grouping | --grouping closest-heavy | 35,224
@@ -104,6 +116,8 @@ for row in TABLE.strip().split("\n"):
 FIGURES = {  # the first variant of each is what the others are compared with
     "baselines": "trajsep ippo mappo global",
     "shares": "trajsep ippo ippo_share mappo mappo_share",
+    "rivals": "trajsep ippo mappo global coma gpae_95 gpae_50 gpae_0 gpae_reuse_2 dae_25 dae_50 dae_100 vdn"
+    " difference difference_free",
     "norms": "trajsep poster_norms",
     "epochs": "trajsep epochs_2",
     "paper_ppo": "trajsep trajsep_paper_ppo global global_paper_ppo",

@@ -245,7 +245,7 @@ def compute_gae(trajectories, gamma, gae_lambda):
     advantages = torch.zeros_like(rewards)
     lastgaelam = torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
-        delta = rewards[t] + gamma * next_values[t] - values[t]  # next_values are 0 where the group ended
+        delta = rewards[t] + gamma * next_values[t] - values[t]  # next_values say what an end leaves: here nothing
         lastgaelam = active[t] * (delta + gamma * gae_lambda * (1.0 - dones[t]) * lastgaelam)
         advantages[t] = lastgaelam
     return advantages
@@ -908,7 +908,7 @@ class LuxEnv(gym.Env):
         return self._observe(obs, rewards, dones), float(np.sum(rewards)), over, False, info
 
     @property
-    def game(self):  # the generator before the reset, and the moves since: what leads to this step again
+    def game(self):  # of a training map: the generator before the reset and the moves since, which lead here again
         return {"generator": self.generator, "moves": torch.from_numpy(np.array(self.moves, dtype=np.uint8))}
 
     @game.setter

@@ -148,7 +148,7 @@ SMALL = Args(small=True, map_size=32, factories_per_team=2, max_units=30, channe
 # Differs from ppo_trajsep_lux: the sum of values
 RANGES = {  # what numbers may be, ends included; all others from 1 to 10^9 if whole, else from -1000 to 1000
     **{"map_size": (24, 64), "factories_per_team": (1, 10), "max_units": (1, 1000), "num_envs": (1, 1000)},
-    **{"seed": (0, 2**32 - 1), "num_groups": (0, 1000), "channels": (4, 4096)},
+    **{"seed": (0, 2**32 - 1), "team_scale": (0, 1000), "channels": (4, 4096)},
     **dict.fromkeys(("learning_rate", "max_grad_norm"), (1e-12, 10**6)),
     **{"gamma": (0, 1), "gae_lambda": (0, 1)},
 }
@@ -824,7 +824,7 @@ class LuxEnv(gym.Env):
         return self._observe(obs, rewards, dones), float(np.sum(rewards)), over, False, info
 
     @property
-    def game(self):  # the generator before the reset, and the moves since: what leads to this step again
+    def game(self):  # of a training map: the generator before the reset and the moves since, which lead here again
         return {"generator": self.generator, "moves": torch.from_numpy(np.array(self.moves, dtype=np.uint8))}
 
     @game.setter

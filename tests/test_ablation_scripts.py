@@ -297,9 +297,10 @@ def test_batch_norm_averages_over_the_observations_it_is_given():
 
     for norm in (first, last):
         norm.num_batches_tracked.fill_(100)
-    old = first.running_mean.clone()
-    agent.refresh_batch_norm([one])
-    torch.testing.assert_close(first.running_mean, old + (means[0] - old) / 40, rtol=1e-3, atol=1e-4)
+    old, bright = first.running_mean.clone(), {**one, "planes": one["planes"] + 9}
+    new = agent.actor.stem[0](bright["planes"].float()).mean((0, 2, 3))
+    agent.refresh_batch_norm([bright])
+    torch.testing.assert_close(first.running_mean, old + (new - old) / 40, rtol=1e-3, atol=1e-4)
 
 
 def test_the_last_batch_norm_has_the_statistics_of_all_tiles():

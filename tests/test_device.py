@@ -39,7 +39,7 @@ def broken(folder, *faults):
 
 @pytest.mark.parametrize("flags", ["--bf16 --num-groups 2", "--no-bf16 --opponent self"])
 def test_training_stays_on_the_device(tmp_path, flags):
-    """From the first observation to the last checkpoint; the CPU waits for actions, and for numbers once all is done."""
+    """From the first observation to the last checkpoint; the CPU waits for actions, and for numbers at the end."""
     status, syncs, output = train(SCRIPT, tmp_path, flags)
     assert status == 0, output
     assert "parameters on gpu" in output

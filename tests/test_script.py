@@ -8,6 +8,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,12 @@ def read_csv(path):
 def curve(folder):
     """The rows of a run's progress.csv, without what the clock says."""
     return [{key: row[key] for key in row if key not in TIMES} for row in read_csv(folder / "progress.csv")]
+
+
+def together(*tasks):
+    """The results of functions that mostly wait for processes, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        return [future.result() for future in [pool.submit(task) for task in tasks]]
 
 
 @pytest.fixture(scope="module")
@@ -128,21 +135,25 @@ def test_same_seed_same_run(finished_run, tmp_path):
     spawn = 'import multiprocessing\n\nmultiprocessing.set_start_method("spawn", force=True)\n'
     (tmp_path / "sitecustomize.py").write_text(spawn)
     flags = f"{TINY} --total-timesteps 256"
-    run(cwd, f"{flags} --run-name again --no-anneal-lr --no-anneal-ent", PYTHONPATH=str(tmp_path))
-    run(cwd, f"{flags} --run-name same --no-anneal-lr --no-anneal-ent")
-    run(cwd, f"{flags} --run-name other --no-anneal-lr --no-anneal-ent --seed 2")
+    together(
+        partial(run, cwd, f"{flags} --run-name again --no-anneal-lr --no-anneal-ent", PYTHONPATH=str(tmp_path)),
+        partial(run, cwd, f"{flags} --run-name same --no-anneal-lr --no-anneal-ent"),
+        partial(run, cwd, f"{flags} --run-name other --no-anneal-lr --no-anneal-ent --seed 2"),
+    )
     again, same, other = (curve(cwd / f"runs/{name}") for name in ("again", "same", "other"))
     assert again == same != other
     assert same[0] != curve(cwd / "runs/smoke")[0] or same != curve(cwd / "runs/smoke")[:2]  # flags count
 
 
 def test_groups_self_play_and_other_losses_run(tmp_path):
-    for name, flags in {
+    flags = {
         "groups": "--num-groups 2 --no-bf16",
         "self": "--opponent self --no-augment",
         "unclipped": "--no-anneal-lr --no-clip-vloss --bf16",
-    }.items():
-        run(tmp_path, f"{TINY} --total-timesteps 256 --run-name {name} {flags}")
+    }
+    tiny = f"{TINY} --total-timesteps 256 --run-name"
+    together(*[partial(run, tmp_path, f"{tiny} {name} {flags[name]}") for name in flags])
+    for name in flags:
         rows = read_csv(tmp_path / f"runs/{name}/progress.csv")
         assert len(rows) == 2
         if name == "groups":  # two unit groups and a factory
@@ -179,7 +190,7 @@ def complaint(**settings):
 @pytest.mark.parametrize("name", [name for name, value in asdict(Args()).items() if type(value) in (int, float)])
 def test_every_number_is_checked(name):
     whole = isinstance(getattr(Args(), name), int)
-    low, high = RANGES.get(name, (1, 10**9) if whole else (-1000, 1000))
+    low, high = map(int if whole else float, RANGES.get(name, (1, 10**9) if whole else (-1000, 1000)))
     below, above = (low - 1, high + 1) if whole else (math.nextafter(low, -math.inf), math.nextafter(high, math.inf))
     sentence = f"--{name.replace('_', '-')} must be between"
     assert sentence not in complaint(**{name: low}) and sentence not in complaint(**{name: high})
@@ -216,10 +227,9 @@ def test_it_learns_to_dig_ice(tmp_path):
         episodes = [int(row["charts/episodes"]) for row in rows]
         return sum(n * float(row["charts/ice_dug"]) for n, row in zip(episodes, rows, strict=True)) / sum(episodes)
 
-    with ThreadPoolExecutor(2) as pool:  # a run at a time for each of two cores
-        trained = pool.submit(ice_dug, "trained", "--total-timesteps 12288")
-        untrained = [
-            pool.submit(ice_dug, f"untrained{seed}", f"--seed {seed} --total-timesteps 1536 --learning-rate 1e-12")
-            for seed in (1, 2, 3)
-        ]
-        assert trained.result() > 3 * max(run.result() for run in untrained)
+    untrained = "--total-timesteps 1536 --learning-rate 1e-12 --seed"
+    trained, *others = together(
+        partial(ice_dug, "trained", "--total-timesteps 12288"),
+        *[partial(ice_dug, f"untrained{seed}", f"{untrained} {seed}") for seed in (1, 2, 3)],
+    )
+    assert trained > 3 * max(others)

@@ -122,16 +122,17 @@ def test_ippo_pays_the_team_reward_to_every_entity_that_acts(scale, pay):
 
 def test_ippo_a_death_bootstraps_from_those_who_live_on():
     """Slot 1 dies in step 0 and has a newborn in step 2; slot 3 has one in step 1; the episode ends in step 3."""
-    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]], dtype=torch.bool)[:, None]
-    dones = torch.tensor([[0.0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]])[:, None]
-    own = torch.tensor([[24.0, 12, 0, 99], [0, 99, 72, 0], [12, 12, 0, 0], [0, 0, 0, 12]])[:, None]  # 99: of nobody
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 1, 1], *[[1, 1, 1, 1]] * 3], dtype=torch.bool)[:, None]
+    dones = torch.tensor([[0.0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]])[:, None]
+    # 99 and 77 are of nobody, or of the next episode
+    own = torch.tensor([[24.0, 12, 0, 99], [0, 99, 72, 0], [12, 12, 0, 0], [0, 0, 0, 12], [99] * 4])[:, None]
     team = [3.0, 6.0, 2.0, 1.0]
     values = torch.tensor(
-        [[0.5, 0.4, 0.3, 77], [1, 77, 2, 1000], [0.2, 0.6, 0.7, 0.9], [1.1, 0.8, 0.3, 0.1], [77] * 4]
-    )[:, None]  # 77: of nobody, or after the end
-    group = ippo_lux.group_index(torch.zeros(4, 1, 4, dtype=torch.int32))
+        [[0.5, 0.4, 0.3, 77], [1, 77, 2, 1000], [0.2, 0.6, 0.7, 0.9], [1.1, 0.8, 0.3, 0.1], [77] * 4, [77] * 4]
+    )[:, None]
+    group = ippo_lux.group_index(torch.zeros(5, 1, 4, dtype=torch.int32))
     reward = ippo_lux.team_reward(own, mask, 1 / 12)
-    cells = ippo_lux.separate_trajectories(reward, dones, values, group, mask, torch.ones(4, 1, 4, NUM_ACTIONS), 4)
+    cells = ippo_lux.separate_trajectories(reward, dones, values, group, mask, torch.ones(5, 1, 4, NUM_ACTIONS), 4)
     advantages = ippo_lux.compute_gae(cells, GAMMA, LAMBDA)[:, 0]
 
     # the dead: the mean of the others' next values, without that of the newborn in slot 3, and no trace
@@ -143,8 +144,8 @@ def test_ippo_a_death_bootstraps_from_those_who_live_on():
     assert advantages[2, 1].item() == pytest.approx(2 + GAMMA * 0.8 - 0.6 + GAMMA * LAMBDA * last)
     for slot in (0, 2):  # who lives on has values and a trace of its own
         expected = gae(team, values[:, 0, slot].tolist(), [0, 0, 0, 1])
-        np.testing.assert_allclose(advantages[:, slot], expected, rtol=1e-5)
-    np.testing.assert_allclose(advantages[1:, 3], gae(team[1:], values[1:, 0, 3].tolist(), [0, 0, 1]), rtol=1e-5)
+        np.testing.assert_allclose(advantages[:4, slot], expected, rtol=1e-5)
+    np.testing.assert_allclose(advantages[1:4, 3], gae(team[1:], values[1:, 0, 3].tolist(), [0, 0, 1]), rtol=1e-5)
 
 
 # ---- one global trajectory
