@@ -1,0 +1,252 @@
+"""tools/evaluate.py: the same numbers by any number of jobs; and what tools/load.py refuses of a model file."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+import evaluate  # noqa: E402
+import load  # noqa: E402
+
+SCRIPTS = [*ROOT.glob("*_lux.py"), *ROOT.glob("ablations/*_lux.py")]
+PARENT = ROOT / "ppo_trajsep_lux.py"
+TINY = {"map_size": 24, "factories_per_team": 1, "max_units": 16, "channels": 8}
+
+
+def make_run(folder, source=PARENT, **settings):
+    """A run's folder as a script leaves it, of a policy that nobody has trained."""
+    script = load.import_script(source)
+    torch.manual_seed(0)
+    args = script.Args(**TINY | settings)
+    folder.mkdir()
+    model = {"script": source.stem, "args": asdict(args), "model": script.Agent(args).state_dict()}
+    torch.save(model, folder / "model.pt")
+    shutil.copy(source, folder / "script.py")
+    return folder
+
+
+def tool(name, *flags, cwd=None):
+    command = [sys.executable, str(ROOT / "tools" / name), *map(str, flags)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=900)
+
+
+def refused(done, *words):
+    """One sentence on stderr, a status that is not zero, nothing on stdout."""
+    assert done.returncode == 1 and not done.stdout, done.stdout
+    assert done.stderr.count("\n") == 1 and all(word in done.stderr for word in words), done.stderr
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("evaluate") / "run")
+
+
+def test_the_numbers_do_not_depend_on_the_jobs(run, tmp_path):
+    tables, files = [], []
+    for jobs in (1, 2):
+        path = tmp_path / f"{jobs}.json"
+        done = tool("evaluate.py", run, "--episodes", 2, "--jobs", jobs, "--json", path)
+        assert done.returncode == 0, done.stderr
+        tables.append(done.stdout)
+        files.append(path.read_text())
+    assert tables[0] == tables[1] and files[0] == files[1]
+    content = json.loads(files[0])
+    assert [row["map_seed"] for row in content["maps"]] == [0, 1]
+    assert content["args"]["channels"] == 8 and content["greedy"] is False
+    returns = [row["episodic_return"] for row in content["maps"]]
+    assert len(set(returns)) > 1 and content["mean"]["episodic_return"] == pytest.approx(sum(returns) / 2)
+    assert f"{content['mean']['episodic_length']:,.2f} +- {content['std']['episodic_length']:,.2f}" in tables[0]
+
+    refused(tool("evaluate.py", run, "--json", tmp_path / "1.json"), "exists already")
+    assert (tmp_path / "1.json").read_text() == files[0]
+
+
+def test_greedy_play_and_another_map_size(run):
+    where = {"run": run, "best": False, "script": None, "map_size": None}
+    sampled, greedy = (evaluate.play(0, where, greedy) for greedy in (False, True))
+    assert sampled != greedy and sampled == evaluate.play(0, where, False)
+    larger = load.load(run, map_size=32)[1]
+    assert larger.map_size == 32 and evaluate.play(0, where | {"map_size": 32}, False) != sampled
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"episodes": 0}, "--episodes must be between 1 and"),
+        ({"jobs": 0}, "--jobs must be at least 1"),
+        ({"map_size": 23}, "--map-size must be between 24 and 64, got 23."),
+        ({"map_size": 0}, "--map-size must be between 24 and 64, got 0."),
+        ({"best": True}, "best.pt"),
+        ({"json": Path("no/such/folder.json")}, "folder that does not exist"),
+    ],
+)
+def test_flags_that_cannot_be(run, flags, words):
+    usual = {"best": False, "script": None, "map_size": None, "episodes": 1, "greedy": False, "json": None, "jobs": 1}
+    with pytest.raises(load.Refusal, match=words):
+        evaluate.evaluate(Namespace(run=run, **usual | flags))
+
+
+@pytest.mark.parametrize("source", SCRIPTS, ids=lambda path: path.stem)
+def test_a_run_of_each_script_loads(tmp_path, source):
+    make_run(tmp_path / "run", source)
+    script, args, agent = load.load(tmp_path / "run")
+    assert args.channels == 8 and script.__file__ == str(tmp_path / "run" / "script.py")
+    assert all(weight.device.type == "cpu" for weight in agent.state_dict().values())
+
+
+def test_best_another_script_and_a_lone_file(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run")
+    content = torch.load(folder / "model.pt", weights_only=True)
+    content["model"]["actor_head.bias"][0] = 7
+    torch.save(content, folder / "best.pt")
+    for _, _, agent in (load.load(folder, best=True), load.load(folder / "best.pt")):
+        assert agent.actor_head.bias[0] == 7
+    assert load.load(folder)[2].actor_head.bias[0] == 0
+
+    lone = shutil.copy(run / "model.pt", tmp_path / "lone.pt")
+    with pytest.raises(load.Refusal, match="ppo_trajsep_lux.py is, which made"):
+        load.load(Path(lone))
+    assert load.load(Path(lone), script=PARENT)[1].channels == 8
+    with pytest.raises(load.Refusal, match="was made by ppo_trajsep_lux.py, not by ippo_lux.py"):
+        load.load(folder, script=ROOT / "ippo_lux.py")
+    # a copy of another script, whose name does not tell
+    shutil.copy(ROOT / "ippo_lux.py", folder / "script.py")
+    with pytest.raises(load.Refusal, match="team_scale|num_groups"):
+        load.load(folder)
+    (tmp_path / "script.py").write_text("x = 1\n")
+    with pytest.raises(load.Refusal, match="not a training script"):
+        load.load(Path(lone))
+
+
+def broken(path, how):
+    """Put something that is no whole model file in the place of one."""
+    data = path.read_bytes()
+    path.unlink()
+    if how == "folder":
+        path.mkdir()
+    elif how == "pipe":
+        os.mkfifo(path)
+    elif how == "packed":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("model/data.pkl", bytes(10**8))
+    elif how == "code":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("model/data.pkl", pickle.dumps(Touch(path.with_name("touched")), 2))
+            archive.writestr("model/version", "3")
+    else:
+        flipped = bytearray(data)
+        flipped[data.index(b"actor_head.bias") if how == "name flipped" else len(data) // 2] ^= 1
+        contents = {"text": b"no model\n", "empty": b"", "short": data[:-100], "start": data[:3000]}
+        path.write_bytes(contents.get(how, bytes(flipped)))
+
+
+class Touch:
+    """Unpickled as code, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("folder", "not a regular file"),
+        ("pipe", "not a regular file"),
+        ("text", "not a model file"),
+        ("empty", "is empty"),
+        ("short", "is damaged"),
+        ("start", "is damaged"),
+        ("bit flipped", "is damaged"),
+        ("name flipped", "is damaged"),
+        ("packed", "unpacks to more than it holds"),
+        ("code", "is damaged, or no model file"),
+    ],
+)
+def test_files_that_are_no_whole_model(run, tmp_path, how, words):
+    folder = shutil.copytree(run, tmp_path / "run")
+    broken(folder / "model.pt", how)
+    with pytest.raises(load.Refusal, match=words) as refusal:
+        load.load(folder)
+    assert str(folder / "model.pt") in str(refusal.value)
+    assert not (folder / "touched").exists()
+
+
+def edit(content, what):
+    args, weights = content["args"], content["model"]
+    if what == "a setting missing":
+        del args["gamma"]
+    elif what == "a setting unknown":
+        args["surprise"] = 1
+    elif what == "a text for a number":
+        args["channels"] = "8"
+    elif what == "a choice that is none":
+        args["opponent"] = "me"
+    elif what == "a list for a choice":
+        args["opponent"] = [["idle"]]
+    elif what == "not a number":
+        args["gamma"] = float("nan")
+    elif what == "huge":
+        args["channels"] = 4096
+    elif what == "beyond the range":
+        args["channels"] = 10**9
+    elif what == "NaN":
+        weights["critic_head.weight"][0, 0] = float("nan")
+    elif what == "a tensor missing":
+        del weights["actor_head.bias"]
+    elif what == "a tensor unknown":
+        weights["extra"] = torch.zeros(1)
+    elif what == "a list for a tensor":
+        weights["actor_head.bias"] = [0.0] * 24
+    elif what == "half precision":
+        weights["actor_head.bias"] = weights["actor_head.bias"].half()
+    elif what == "settings missing":
+        del content["args"]
+    elif what == "weights only":
+        content["model"] = weights["actor_head.bias"]
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("a setting missing", "lacks the setting gamma"),
+        ("a setting unknown", "has an unknown setting surprise"),
+        ("a text for a number", "the setting channels is wrong"),
+        ("a choice that is none", "the setting opponent is wrong"),
+        ("a list for a choice", "the setting opponent is wrong"),
+        ("not a number", "--gamma must be between"),
+        ("huge", "does not fit the settings"),
+        ("beyond the range", "--channels must be between"),
+        ("NaN", "the tensor critic_head.weight is not finite"),
+        ("a tensor missing", "lacks the tensor actor_head.bias"),
+        ("a tensor unknown", "has an unknown tensor extra"),
+        ("a list for a tensor", "the tensor actor_head.bias does not fit"),
+        ("half precision", "the tensor actor_head.bias does not fit"),
+        ("settings missing", "damaged, or no model file"),
+        ("weights only", "not a model file"),
+    ],
+)
+def test_a_models_content_is_checked_before_a_network_is_built(run, tmp_path, monkeypatch, what, words):
+    folder = shutil.copytree(run, tmp_path / "run")
+    content = torch.load(folder / "model.pt", weights_only=True)
+    edit(content, what)
+    torch.save(content, folder / "model.pt")
+    start = time.time()
+    with pytest.raises(load.Refusal) as refusal:
+        load.load(folder)
+    assert words in str(refusal.value) and str(folder / "model.pt") in str(refusal.value)
+    assert time.time() - start < 20  # a network of 4,096 channels would take minutes
