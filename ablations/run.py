@@ -114,8 +114,7 @@ for row in TABLE.strip().split("\n"):
     script = script if script.endswith(".py") else f"ablations/trajsep_{script}_lux.py"
     VARIANTS[name] = Variant(name, label, script, flags, paper_ice)
 FIGURES = {  # the first variant of each is what the others are compared with
-    "baselines": "trajsep ippo mappo global",
-    "shares": "trajsep ippo ippo_share mappo mappo_share",
+    "baselines": "trajsep ippo mappo ippo_share mappo_share global",
     "rivals": "trajsep ippo mappo global coma gpae_95 gpae_50 gpae_0 gpae_reuse_2 dae_25 dae_50 dae_100 vdn"
     " difference difference_free",
     "norms": "trajsep poster_norms",
