@@ -14,13 +14,16 @@ CPU, a run of minutes:      python ablations/trajsep_own_reward_lux.py --own-rew
 
 import csv
 import ctypes
+import io
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
 import time
+import zipfile
 from collections import defaultdict, deque
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -169,15 +172,12 @@ def check_args(args):
             low, high = RANGES.get(name, (1, 10**9) if type(value) is int else (-1000, 1000))
             if not low <= value <= high:
                 raise Refusal(f"--{name.replace('_', '-')} must be between {low} and {high}, got {value}.")
-    if args.run_name != os.path.basename(args.run_name) or args.run_name in (".", "..") or len(args.run_name) > 200:
-        raise Refusal(f"--run-name must be the name of a folder, without its path, got {args.run_name[:200]!r}.")
-    if args.resume and not args.run_name:
-        raise Refusal("--resume needs the --run-name of the run that is to go on.")
-    steps, maps = args.num_envs * args.num_steps, args.batch_size
-    if maps % args.num_minibatches:
-        raise Refusal(f"--num-minibatches must divide the rollout's {maps} maps, got {args.num_minibatches}.")
+    if args.batch_size % args.num_minibatches:
+        raise Refusal(
+            f"--num-minibatches must divide the rollout's {args.batch_size} maps, got {args.num_minibatches}."
+        )
     if args.num_iterations < 1:
-        raise Refusal(f"--total-timesteps must hold one rollout of {steps} steps, got {args.total_timesteps}.")
+        raise Refusal(f"--total-timesteps must hold one rollout of {args.num_envs * args.num_steps} steps.")
 
 
 # ==============================================================================================
@@ -185,12 +185,11 @@ def check_args(args):
 # ==============================================================================================
 
 # A team's units and factories come and go, so each stands in a slot: `max_units` slots for units,
-# then one for each factory. Tensors per slot have shape (T, B, K): T steps, B environments (times
-# sides), K slots; `entity_mask` says which slots are taken. A group is the slots that share a
-# trajectory, and a cell is one (step, environment, group): the unit of all that follows, (T, B, G).
-#
-# dones[t] says that the group ended in the step that took obs[t] to obs[t + 1], so nothing after
-# it flows back over it. (CleanRL stores the same flag one step later, at t + 1.)
+# then one for each factory. Tensors per slot are (T, B, K): T steps, B environments (times sides), K
+# slots; `entity_mask` says which are taken. A group is the slots that share a trajectory, a cell one
+# (step, environment, group): the unit of all that follows, (T, B, G). dones[t] says that the group
+# ended in the step that took obs[t] to obs[t + 1]: nothing after it flows back over it. (CleanRL
+# stores that flag at t + 1.)
 
 EMPTY, LIGHT, HEAVY, FACTORY = range(4)  # kind of entity in a slot
 
@@ -198,8 +197,7 @@ EMPTY, LIGHT, HEAVY, FACTORY = range(4)  # kind of entity in a slot
 def group_index(unit_id, max_units, num_groups):
     """The trajectory of every slot: long (..., K). Factories keep one each, after the units'.
 
-    The numbers are below the `num_groups` of the training section, also in empty slots, where they
-    count for nothing: `entity_mask` excludes those.
+    All are below the training section's `num_groups`, also in empty slots, which `entity_mask` excludes.
     """
     slot = torch.arange(unit_id.shape[-1], device=unit_id.device).expand(unit_id.shape)
     if num_groups == 0:
@@ -243,8 +241,8 @@ def separate_trajectories(rewards, dones, values, group, entity_mask, action_mas
 
     `rewards`, `dones`, `group` and `entity_mask` have shape (T, B, K), `values` (T + 1, B, K),
     `action_mask` (T, B, K, NUM_ACTIONS). A group is done when all members that acted are (Fig. 2).
-    What a group bootstraps from is not its own value one step later: by then it may have newborn
-    members, who had no part in the step, and members may have moved to another group.
+    It bootstraps from those who acted and survived, not from its own value a step later: newborns
+    had no part in the step, and members may have moved to another group.
     """
     survived = entity_mask & ~dones.bool()
     active = group_sum(entity_mask.float(), group, entity_mask, total_groups) > 0
@@ -336,7 +334,7 @@ class ResidualBlock(nn.Module):
 class Trunk(nn.Module):
     """Planes (B, 18, H, W) to features at the K entities' pixels: (B * K, channels).
 
-    Stem, residual block, one more convolution: the backbone of the paper's architecture figure.
+    Stem, residual block, one more convolution: as in the paper's architecture figure.
     """
 
     def __init__(self, channels):
@@ -402,10 +400,8 @@ class Agent(nn.Module):
 # ==============================================================================================
 
 EPISODE_STEPS = 1000
-EPISODE_STATS = (
-    *("episodic_return", "episodic_length", "ice_transferred", "ice_dug"),
-    *("factories_alive", "factory_count", "units_built", "units_lost"),
-)
+EPISODE_STATS = ["episodic_return", "episodic_length", "ice_transferred", "ice_dug"]
+EPISODE_STATS += ["factories_alive", "factory_count", "units_built", "units_lost"]
 PLAYERS = ("player_0", "player_1")
 
 NO_OP, UP, RIGHT, DOWN, LEFT, DIG, DELIVER, PICK_UP = range(NUM_ACTIONS)  # unit actions
@@ -468,9 +464,6 @@ class MeteredLux(LuxAI_S2):
                 self.meters["ice_delivered"][unit.unit_id] = amount
                 self.meters["ice_received"][factory_id] += amount
         super()._handle_transfer_actions(actions_by_type)
-
-
-# ---- placement
 
 
 def placement_score(obs, player):
@@ -545,8 +538,8 @@ FACTORY_ROW = np.dtype([*((name, int) for name in ("slot", "id", "power", "water
 class View:
     """One player's n units and f factories, read off the observation that the engine hands to players.
 
-    `ids` and `numbers` are those of `assign_slots`; `previous` is the player's View one step earlier.
-    `units` (n,) and `factories` (f,) are arrays of rows with named fields: `units["power"]` is (n,).
+    `ids`, `numbers`: see `assign_slots`; `previous`: the player's View one step earlier. `units` (n,) and
+    `factories` (f,) are arrays of rows with named fields: `units["power"]` is (n,).
     """
 
     def __init__(self, obs, player, ids, numbers, max_units, previous=None):
@@ -565,7 +558,6 @@ class View:
                 stock = factory["power"], *(factory["cargo"][name] for name in ("water", "metal", "ice"))
                 factories.append((slot, factory["strain_id"], *stock, tuple(factory["pos"])))
         self.units, self.factories = np.array(units, UNIT_ROW), np.array(factories, FACTORY_ROW)
-
         own = steps_to(self.factories["pos"], self.size)
         enemies = [factory["pos"] for factory in obs["factories"][self.enemy].values()]
         self.home = own.min(0, initial=20)  # steps to the nearest own factory, at most 20: (size, size)
@@ -637,9 +629,6 @@ def make_planes(view):
     return planes
 
 
-# ---- masks
-
-
 def action_masks(view):
     """Which actions the engine would carry out and make sense: bool (num_slots, NUM_ACTIONS).
 
@@ -659,7 +648,6 @@ def action_masks(view):
     legal[:, DELIVER] = (view.touching >= 0).any(1) & (units["ice"] > 0) & (left[:, DELIVER] >= 0)
     power_here = (view.touching[:, :1] == np.flatnonzero(factories["power"] > 0)).any(1)
     legal[:, PICK_UP] = (units["power"] < BATTERY_CAPACITY[kind]) & power_here & (left[:, PICK_UP] >= 0)
-
     mask = np.zeros((len(view.ids), NUM_ACTIONS), dtype=bool)
     mask[units["slot"]] = legal
     mask[:, NO_OP] = True
@@ -685,9 +673,9 @@ ORDERS = np.array(  # the engine's type, direction and resource for each unit ac
 def resolve_collisions(pos, target, newborn):
     """Which units must stay so that no two units of a team end on one tile: bool (n,).
 
-    `pos` and `target` (n, 2) are tiles before and after the move, `newborn` (m, 2) the tiles on
-    which units are being built. A mover is stopped if a parked unit, a newborn or an earlier mover
-    has its target; that can stop others in turn, so it goes on to a fixed point. Swaps are legal.
+    `pos`, `target` (n, 2): tiles before and after the move; `newborn` (m, 2): where units are being built.
+    A mover is stopped if a parked unit, a newborn or an earlier mover has its target; that can stop
+    others in turn, so it goes on to a fixed point. Swaps are legal.
     """
     pos, goal, newborn = ([tuple(tile) for tile in tiles.tolist()] for tiles in (pos, target, newborn))
     settled = False
@@ -714,7 +702,6 @@ def engine_actions(view, mask, action):
     newborn = factories["pos"][(chosen == BUILD_LIGHT) | (chosen == BUILD_HEAVY)]
     target = units["pos"] + DELTAS[np.where(act <= LEFT, act, NO_OP)]
     act = np.where(resolve_collisions(units["pos"], target, newborn), NO_OP, act)
-
     sent = np.flatnonzero((act != units["queued"]) & (units["power"] >= QUEUE_COST[units["kind"]]))
     act, units, touching = act[sent], units[sent], view.touching[sent]
     power, battery, update = units["power"], BATTERY_CAPACITY[units["kind"]], QUEUE_COST[units["kind"]]
@@ -735,17 +722,12 @@ def engine_actions(view, mask, action):
     return engine
 
 
-# ---- rewards
-
-
 def entity_rewards(args, kind, lost, ice_dug, ice_delivered, ice_received, rubble_cleared, lichen_gained):
     """Each entity's own reward for one step, from what it did itself: float32 (num_slots,).
 
-    All arguments after `args` have shape (num_slots,); `kind` is that before the step. What a new
-    term needs to know is noted in `MeteredLux` and gets here through `LuxEnv.step`.
-
-    Ice pays when it is dug (found early, by chance) and when it is delivered (what the team needs;
-    unit-to-unit transfers could be farmed), there also to the factory, which built the units: in all
+    All arguments after `args` are (num_slots,), `kind` that before the step; what a new term needs to know
+    is noted in `MeteredLux`. Ice pays when it is dug (found early, by chance) and when it is delivered
+    (what the team needs; unit-to-unit transfers could be farmed), there also to the factory: in all
     0.002 a piece, as in the paper's tables. Rubble on ice pays, since it takes some three digs.
     """
     survival = np.where(lost, args.reward_factory_lost, args.reward_factory_alive)
@@ -814,13 +796,10 @@ class LuxEnv(gym.Env):
     illegal ones count as NO_OP. An episode ends, by termination, after 1,000 steps or with a side's
     last factory.
 
-    Training maps come from the environment's own generator (`reset(seed=...)`); with
-    `reset(options={"map_seed": n})` map n is played. With `augment`, each observation is turned or
-    mirrored by chance, and the action that answers it is turned back.
-
-    From step to step it keeps by side `ids`, `numbers` (see `assign_slots`), `views`, `masks` (not
-    turned), `kinds` and `stats`; and the `symmetry` of the last observation. In `game` lies how it
-    came here.
+    Training maps come from the environment's own generator (`reset(seed=...)`), map n by
+    `reset(options={"map_seed": n})`. With `augment`, each observation is turned or mirrored by chance,
+    and the action that answers it is turned back. From step to step it keeps by side `ids`, `numbers`
+    (see `assign_slots`), `views`, `masks` (not turned), `kinds` and `stats`; and the last `symmetry`.
     """
 
     def __init__(self, args):
@@ -936,6 +915,8 @@ def make_worker_env(args):
     in_worker = multiprocessing.parent_process() is not None  # gymnasium makes one in the main process as well
     if in_worker and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: also if the main process is killed
+    if in_worker:  # it would tell at length of that end; its errors go to the main process
+        sys.stderr = open(os.devnull, "w")
     for number in (signal.SIGINT, signal.SIGTERM) if in_worker else ():
         signal.signal(number, signal.SIG_IGN)
     return LuxEnv(args)
@@ -956,22 +937,28 @@ LOSSES = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad
 
 def leave(status, sentence):
     """End this process and its workers at once: what is worth keeping is on the disk."""
-    print(sentence, file=sys.stderr, flush=True)
     for process in multiprocessing.active_children():
         process.kill()
-    os._exit(status)
+    try:
+        if multiprocessing.parent_process() is None:  # a signal can reach a worker that does not yet ignore it
+            print(sentence, file=sys.stderr, flush=True)
+    finally:
+        os._exit(status)
 
 
 def explain(envs, kind, error, trace):
     """The excepthook: a sentence for what user, disk or machine did, a traceback for an error in the code."""
-    sentence = str(error)
-    if isinstance(error, OSError):
-        sentence += ": make room for it (on the disk, in memory, or by fewer --num-envs), then go on with --resume."
-    if envs is not None and isinstance(error, (EOFError, ConnectionError, multiprocessing.TimeoutError)):
-        dead = [i for i, process in enumerate(envs.processes) if not process.is_alive()]
-        silent = [i for i, pipe in enumerate(envs.parent_pipes) if not pipe.poll()]
-        sentence = f"The process of environment {(dead or silent)[:9]} died or hangs: go on with --resume."
-    elif not isinstance(error, (Refusal, OSError)) and not kind.__module__.startswith("wandb"):
+    sentence, lost = str(error), []
+    if envs is not None and isinstance(error, (EOFError, ConnectionError)):
+        time.sleep(0.5)  # until a death is known
+        lost = [i for i, process in enumerate(envs.processes) if not process.is_alive()]
+    elif envs is not None and isinstance(error, multiprocessing.TimeoutError):
+        lost = [i for i, pipe in enumerate(envs.parent_pipes) if not pipe.poll()]
+    if lost:
+        sentence = f"The process of environment {lost[:9]} died or hangs: go on with --resume."
+    elif isinstance(error, (OSError, MemoryError)) or "memory" in sentence:  # torch's are RuntimeErrors
+        sentence += ": see to it (disk, memory, output, or fewer --num-envs), then go on with --resume."
+    elif not isinstance(error, Refusal) and not kind.__module__.startswith("wandb"):
         sys.__excepthook__(kind, error, trace)
         sentence = "An error in the code; what was trained before is kept."
     leave(1, sentence)
@@ -979,8 +966,10 @@ def explain(envs, kind, error, trace):
 
 def save(content, path):
     """Write a file of tensors and settings, whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)  # on a full disk it would hide the error behind one of its own
     with open(path + ".tmp", "wb") as file:
-        torch.save(content, file)
+        file.write(buffer.getbuffer())
         file.flush()
         os.fsync(file.fileno())
     os.replace(path + ".tmp", path)
@@ -995,15 +984,20 @@ if __name__ == "__main__":
     script = os.path.basename(__file__).removesuffix(".py")
     run_dir = os.path.join("runs", args.run_name or f"{script}__{args.seed}__{int(time.time())}")
     in_run = partial(os.path.join, run_dir)
-    check_args(args)
+    if not re.fullmatch(r"(?!\.+$)[A-Za-z0-9_.+=-]{0,200}", args.run_name) or (args.resume and not args.run_name):
+        raise Refusal("--run-name must be up to 200 letters, digits and _.+=-, without a path; --resume needs one.")
     if os.path.exists(run_dir) and not args.resume:
         raise Refusal(f"{run_dir} exists already: choose another --run-name, or go on with --resume.")
-    for path in filter(os.path.exists, (in_run("previous.pt"), in_run("checkpoint.pt"))):
+    for path in list(filter(os.path.exists, (in_run("checkpoint.pt"), in_run("previous.pt"))))[:1]:
         try:
+            if zipfile.ZipFile(path).testzip():  # torch does not look at the checksums
+                raise ValueError
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds for a damaged file
             raise Refusal(f"{path} is damaged: delete it, and the run goes on from the one before.") from error
     if checkpoint is not None:
+        if checkpoint["script"] != script:
+            raise Refusal(f"{run_dir} was begun by {checkpoint['script']}.py: go on with that.")
         args = tyro.cli(Args, default=Args(**checkpoint["args"]))  # what is not said stays as it was
         saved = checkpoint["args"]
         changed = [name for name in saved if name not in ("resume", "track") and getattr(args, name) != saved[name]]
@@ -1011,7 +1005,7 @@ if __name__ == "__main__":
             raise Refusal(f"--{changed[0].replace('_', '-')} was another when {run_dir} began: leave it as it was.")
         if checkpoint["iteration"] == args.num_iterations:
             leave(0, f"{run_dir} is finished.")
-
+    check_args(args)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = True
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
@@ -1027,24 +1021,13 @@ if __name__ == "__main__":
         settings, name = wandb.Settings(init_timeout=30), os.path.basename(run_dir)
         wandb.init(name=name, config=asdict(args), sync_tensorboard=True, save_code=True, settings=settings)
 
-    # ---- the run's folder
-    os.makedirs(run_dir, exist_ok=True)
-    lock = FileLock(in_run("lock"), timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise Refusal(f"Another process is writing to {run_dir}: choose another --run-name.") from None
-    if checkpoint is None:
-        shutil.copy(__file__, in_run("script.py"))  # the tools play the model with it
-        with open(in_run("args.json"), "w") as file:
-            json.dump(asdict(args), file, indent=2)
-
     # ---- start, or go on
     start = checkpoint or {"iteration": 0, "seconds": 0.0, "rows": [], "recent": [], "best": -np.inf}
     rows, recent, best = start["rows"], deque(start["recent"], maxlen=16), start["best"]  # recent episodes' returns
     if checkpoint is None:
         seeds = np.random.SeedSequence(args.seed).generate_state(args.num_envs)
-        next_obs = to_tensors(envs.reset(seed=[int(seed) for seed in seeds])[0], device)
+        envs.reset_async(seed=[int(seed) for seed in seeds])
+        next_obs = to_tensors(envs.reset_wait(timeout=60)[0], device)
     else:
         agent.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -1054,9 +1037,6 @@ if __name__ == "__main__":
         next_obs = {key: value.to(device) for key, value in checkpoint["next_obs"].items()}
     steps = args.num_envs * args.num_steps
     global_step = start["iteration"] * steps
-    print(f"{run_dir}: {sum(p.numel() for p in agent.parameters()):,} parameters on {device}, ", end="")
-    print(f"steps {global_step:,} to {args.num_iterations * steps:,} in rollouts of {steps:,}", flush=True)
-    writer = SummaryWriter(run_dir, purge_step=global_step + 1)
     start_time, last_line, num_threads = time.time() - start["seconds"], 0.0, torch.get_num_threads()
 
     # ---- storage
@@ -1069,6 +1049,21 @@ if __name__ == "__main__":
     actions = torch.zeros(shape, dtype=torch.int64, device=device)
     entity_logprobs, entity_reward, entity_dones = torch.zeros(3, *shape, device=device)
     entity_values = torch.zeros(args.num_steps + 1, num_rows, num_slots, device=device)
+
+    # ---- the run's folder
+    os.makedirs(run_dir, exist_ok=True)
+    lock = FileLock(in_run("lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise Refusal(f"Another process is writing to {run_dir}: choose another --run-name.") from None
+    if checkpoint is None:
+        shutil.copy(__file__, in_run("script.py"))  # the tools play the model with it
+        with open(in_run("args.json"), "w") as file:
+            json.dump(asdict(args), file, indent=2)
+    print(f"{run_dir}: {sum(p.numel() for p in agent.parameters()):,} parameters on {device}, ", end="")
+    print(f"steps {global_step:,} to {args.num_iterations * steps:,} in rollouts of {steps:,}", flush=True)
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1)
 
     for iteration in range(start["iteration"] + 1, args.num_iterations + 1):
         frac = 1.0 - (iteration - 1.0) / args.num_iterations
@@ -1140,14 +1135,11 @@ if __name__ == "__main__":
                 newvalue = group_sum(agent.get_value(mb), *members)
                 logratio = newlogprob - mb["logprobs"]
                 ratio = logratio.exp()
-
-                mb_advantages = normalize(mb["advantages"], mb["choice"])
-                pg_loss = policy_loss(ratio, mb_advantages, mb["choice"], args.clip_coef)
+                pg_loss = policy_loss(ratio, normalize(mb["advantages"], mb["choice"]), mb["choice"], args.clip_coef)
                 v_clip = args.clip_coef if args.clip_vloss else None
                 v_loss = value_loss(newvalue, mb["values"], mb["returns"], mb["active"], v_clip)
                 entropy_loss = masked_mean(entropy, mb["choice"])
                 loss = pg_loss - ent_coef * entropy_loss + args.vf_coef * v_loss
-
                 optimizer.zero_grad()
                 loss.backward()
                 grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
@@ -1164,9 +1156,10 @@ if __name__ == "__main__":
         # Differs from ppo_trajsep_lux: whether the blend serves the team
         losses = {name: torch.stack(values) for name, values in losses.items()}  # each (minibatches,)
         weights = torch.stack([parameter.abs().max() for parameter in agent.parameters()])
-        for name, values in {**losses, "largest weight": weights}.items():
-            if not values.isfinite().all():  # nothing of this iteration is saved
-                raise Refusal(f"The {name} is not finite in iteration {iteration}: lower --learning-rate, begin anew.")
+        wrong = (~torch.stack(list(losses.values())).isfinite()).T.nonzero()  # (minibatch, loss), by time
+        if len(wrong) or not weights.isfinite().all():  # nothing of this iteration is saved
+            name = LOSSES[wrong[0, 1]] if len(wrong) else "largest weight"
+            raise Refusal(f"The {name} is not finite in iteration {iteration}: lower --learning-rate, begin anew.")
         full = [length >= EPISODE_STEPS for length in episodes["episodic_length"]]
         recent.extend(map(float, episodes["episodic_return"]))
         global_step, now = iteration * steps, time.time()
@@ -1197,16 +1190,18 @@ if __name__ == "__main__":
 
         # ---- saving, the checkpoint last
         rows.append(row)
-        with open(in_run("progress.csv"), "w", newline="") as file:
+        with open(in_run("progress.csv.tmp"), "w", newline="") as file:
             csv_writer = csv.DictWriter(file, row.keys())
             csv_writer.writeheader()
             csv_writer.writerows(rows)
+        os.replace(in_run("progress.csv.tmp"), in_run("progress.csv"))
         model = {"script": script, "args": asdict(args), "model": agent.state_dict()}
         save(model, in_run("model.pt"))
         if len(recent) == recent.maxlen and np.mean(recent) > best:
             best = float(np.mean(recent))
             save(model, in_run("best.pt"))
-        state = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "games": envs.get_attr("game")}
+        envs.call_async("game")
+        state = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "games": envs.call_wait(timeout=60)}
         state |= {"cuda_rng": torch.cuda.get_rng_state_all(), "iteration": iteration, "seconds": seconds}
         state |= {"next_obs": next_obs, "rows": rows, "recent": list(recent), "best": best}
         if os.path.exists(in_run("checkpoint.pt")):
