@@ -1204,9 +1204,8 @@ if __name__ == "__main__":
                 newvalue = agent.get_value(mb, mb["actions"], mb["probs"])
                 logratio = newlogprob - mb["current"]  # to the policy at the update's start
                 old, ratio = (mb["current"] - mb["logprobs"]).exp(), (newlogprob - mb["logprobs"]).exp()
-                pg_loss = policy_loss(
-                    ratio, old, normalize(mb["advantages"], mb["choice"]), mb["choice"], args.clip_coef
-                )
+                mb_advantages = normalize(mb["advantages"], mb["choice"])
+                pg_loss = policy_loss(ratio, old, mb_advantages, mb["choice"], args.clip_coef)
                 v_clip = args.clip_coef if args.clip_vloss else None
                 v_loss = value_loss(newvalue, mb["values"], mb["returns"], mb["active"], v_clip)
                 entropy_loss = masked_mean(entropy, mb["choice"])
@@ -1272,14 +1271,10 @@ if __name__ == "__main__":
             best = float(np.mean(recent))
             save(model, in_run("best.pt"))
         envs.call_async("game")
-        state = {"kept": [buffer[args.num_steps :] for buffer in kept]}
-        state |= {
-            "optimizer": optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
-            "games": envs.call_wait(timeout=60),
-        }
+        state = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "games": envs.call_wait(timeout=60)}
         state |= {"cuda_rng": torch.cuda.get_rng_state_all(), "iteration": iteration, "seconds": seconds}
         state |= {"next_obs": next_obs, "rows": rows, "recent": list(recent), "best": best}
+        state["kept"] = [buffer[args.num_steps :] for buffer in kept]
         if os.path.exists(in_run("checkpoint.pt")):
             os.replace(in_run("checkpoint.pt"), in_run("previous.pt"))
         save(model | state, in_run("checkpoint.pt"))
