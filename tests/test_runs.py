@@ -83,7 +83,6 @@ def test_a_run_with_norms_goes_on_to_the_bit(folders, tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.xfail(strict=True, reason="a checkpoint's script is not looked at")
 def test_a_run_of_another_script_is_refused(folders):
     """One global trajectory has the same settings and the same network: only the name tells them apart."""
     folder = folders["ppo_global_lux.py"]
