@@ -716,9 +716,8 @@ class LuxEnv(gym.Env):
         rules |= dict.fromkeys(("MIN_FACTORIES", "MAX_FACTORIES"), args.factories_per_team)
         self.engine = MeteredLux(**rules)
         slots = (len(self.players), self.num_slots)
-        planes = (len(self.players), NUM_PLANES, args.map_size, args.map_size)
         self.observation_space = gym.spaces.Dict(
-            planes=gym.spaces.Box(0, 4, planes, np.float16),
+            planes=gym.spaces.Box(0, 4, (len(self.players), NUM_PLANES, args.map_size, args.map_size), np.float16),
             pixel=gym.spaces.Box(0, args.map_size**2 - 1, slots, np.int64),
             kind=gym.spaces.Box(EMPTY, FACTORY, slots, np.int8),
             unit_id=gym.spaces.Box(0, 2**31 - 1, slots, np.int32),
@@ -904,6 +903,7 @@ if __name__ == "__main__":
     if checkpoint is not None:
         if checkpoint["script"] != script:
             raise Refusal(f"{run_dir} was begun by {checkpoint['script']}.py: go on with that.")
+        global_step = checkpoint["rows"][-1]["global_step"]
         args = tyro.cli(Args, default=Args(**checkpoint["args"]))  # what is not said stays as it was
         saved = checkpoint["args"]
         changed = [name for name in saved if name not in ("resume", "track") and getattr(args, name) != saved[name]]
@@ -942,8 +942,7 @@ if __name__ == "__main__":
         envs.set_attr("game", checkpoint["games"])
         next_obs = {key: value.to(device) for key, value in checkpoint["next_obs"].items()}
     steps = args.num_envs * args.num_steps
-    global_step = start["iteration"] * steps
-    start_time, last_line, num_threads = time.time() - start["seconds"], 0.0, torch.get_num_threads()
+    start_time, last_line, num_threads = time.time() - start["seconds"], -np.inf, torch.get_num_threads()
 
     # ---- storage
     # Differs from ppo_trajsep_lux: the sum of values
@@ -1038,16 +1037,17 @@ if __name__ == "__main__":
         # ---- logging
         losses = {name: torch.stack(values) for name, values in losses.items()}  # each (minibatches,)
         weights = torch.stack([parameter.abs().max() for parameter in agent.parameters()])
-        wrong = (~torch.stack(list(losses.values())).isfinite()).T.nonzero()  # (minibatch, loss), by time
-        if len(wrong) or not weights.isfinite().all():  # nothing of this iteration is saved
-            name = LOSSES[wrong[0, 1]] if len(wrong) else "largest weight"
-            raise Refusal(f"The {name} is not finite in iteration {iteration}: lower --learning-rate, begin anew.")
+        by_time = torch.stack(list(losses.values())).T.tolist()  # (minibatches, losses)
+        wrong = [name for now in by_time for name, x in zip(losses, now, strict=True) if not np.isfinite(x)]
+        wrong += [] if weights.isfinite().all() else ["largest weight"]
+        if wrong:  # nothing of this iteration is saved
+            raise Refusal(f"The {wrong[0]} is not finite in iteration {iteration}: lower --learning-rate, begin anew.")
         full = [length >= EPISODE_STEPS for length in episodes["episodic_length"]]
         recent.extend(map(float, episodes["episodic_return"]))
-        global_step, now = iteration * steps, time.time()
-        seconds = now - start_time
+        global_step, seconds = iteration * steps, time.time() - start_time
         row = {"global_step": global_step, "charts/seconds": seconds, "charts/SPS": global_step / seconds}
-        row |= {"charts/rollout_seconds": update_start - rollout_start, "charts/update_seconds": now - update_start}
+        row["charts/rollout_seconds"] = update_start - rollout_start
+        row["charts/update_seconds"] = time.time() - update_start
         row["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
         row["charts/episodes"] = len(full)  # that ended in this iteration; the next are their means
         for name, values in {**episodes, "full_episodes": full}.items():
@@ -1061,11 +1061,12 @@ if __name__ == "__main__":
             if value is not None:
                 writer.add_scalar(name, value, global_step)
         writer.flush()
-        if now - last_line > 30 or iteration == args.num_iterations:
-            last_line, left = now, seconds / iteration * (args.num_iterations - iteration) / 60
+        if seconds - last_line > 30 or iteration == args.num_iterations:
+            last_line, left = seconds, seconds / iteration * (args.num_iterations - iteration) / 60
             line = f"step {global_step:,}, {row['charts/SPS']:.0f} steps/s, {left:.0f} minutes left"
-            for name in ("episodic_return", "episodic_length", "ice_transferred") if full else ():
-                line += f", {name} {row[f'charts/{name}']:.1f}"
+            known = [past for past in (*rows, row) if past["charts/episodes"]][-1:]  # where an episode ended
+            for name in ("episodic_return", "episodic_length", "ice_transferred"):
+                line += "".join(f", {name} {past[f'charts/{name}']:.1f}" for past in known)
             print(line, flush=True)
 
         # ---- saving, the checkpoint last
