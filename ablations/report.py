@@ -302,7 +302,7 @@ def plot(variants, data, path):
                 axis.plot(steps, values.T, style, color=colour, alpha=0.35, linewidth=0.7)
             top = np.nanmax([top, *values.ravel()])
         if not top > 0:
-            print(f"{path}: the {title} has nothing to draw, because no episode ended.", file=sys.stderr)
+            print(f"{path}: the {title} is 0 throughout, or no episode ended.", file=sys.stderr)
         if (level := untrained(path.parent, metric)) is not None:
             axis.axhline(level, color="grey", linestyle="--", linewidth=0.8, label="untrained policy")
         if path.parent.name == "paper":

@@ -45,7 +45,7 @@ MARK = re.compile(r"^ *# (?P<kind>Differs from|Added to) (?P<parent>[\w-]+): (?P
 BANNER = re.compile(r"^ +# ---- (?P<name>.+)$")
 HUNK = re.compile(r"^@@ -(\d+)(\S*) \+(\d+)(\S*) @@$")
 DOCSTRING = "module docstring"
-BROUGHT_ALONG = {"scipy", "matplotlib", "filelock", "pettingzoo"}  # by the packages of requirements.txt
+BROUGHT_ALONG = {"scipy", "matplotlib", "tqdm", "filelock", "pettingzoo"}  # by the packages of requirements.txt
 FOREIGN = {"args.json", "pyvenv.cfg", "conda-meta"}  # what is in the folder of a run, or of Python
 
 

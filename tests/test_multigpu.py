@@ -83,5 +83,5 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on(tmp_path):
     assert rows(cut) == rows(whole)
     for name, weight in weights(whole).items():
         assert torch.equal(weight, weights(cut)[name])
-    again = start(TWO, cut, 29615, "--resume", stdout=subprocess.PIPE, text=True)
+    again = start(TWO, cut, 29615, "--resume", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert len(re.findall("is finished", again.communicate(timeout=120)[0])) == 2 and again.returncode == 0
