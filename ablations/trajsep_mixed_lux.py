@@ -246,7 +246,7 @@ def compute_gae(trajectories, gamma, gae_lambda):
     advantages = torch.zeros_like(rewards)
     lastgaelam = torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
-        delta = rewards[t] + gamma * next_values[t] - values[t]  # next_values say what an end leaves: here nothing
+        delta = rewards[t] + gamma * next_values[t] - values[t]  # no (1 - dones): next_values tell what is left
         lastgaelam = active[t] * (delta + gamma * gae_lambda * (1.0 - dones[t]) * lastgaelam)
         advantages[t] = lastgaelam
     return advantages
@@ -912,7 +912,6 @@ def to_tensors(obs, device):
 # Training
 # ==============================================================================================
 
-
 LOSSES = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad_norm")
 
 
@@ -1190,6 +1189,6 @@ if __name__ == "__main__":
         save(model | state, in_run("checkpoint.pt"))
 
     # ---- the end
-    print(f"{run_dir} is finished; play its policy with tools/evaluate.py {run_dir}")
+    print(f"{run_dir} is finished; play its policy with tools/evaluate.py {run_dir}", flush=True)
     envs.close()
     writer.close()

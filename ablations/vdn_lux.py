@@ -835,7 +835,6 @@ def to_tensors(obs, device):
 # Training
 # ==============================================================================================
 
-
 # Differs from ppo_trajsep_lux: the sum of values
 LOSSES = ("value_loss", "grad_norm")
 
@@ -1090,6 +1089,6 @@ if __name__ == "__main__":
         save(model | state, in_run("checkpoint.pt"))
 
     # ---- the end
-    print(f"{run_dir} is finished; play its policy with tools/evaluate.py {run_dir}")
+    print(f"{run_dir} is finished; play its policy with tools/evaluate.py {run_dir}", flush=True)
     envs.close()
     writer.close()
