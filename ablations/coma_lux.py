@@ -174,9 +174,7 @@ def check_args(args):
             if not low <= value <= high:
                 raise Refusal(f"--{name.replace('_', '-')} must be between {low} and {high}, got {value}.")
     if args.batch_size % args.num_minibatches:
-        raise Refusal(
-            f"--num-minibatches must divide the rollout's {args.batch_size} maps, got {args.num_minibatches}."
-        )
+        raise Refusal(f"--num-minibatches must divide the {args.batch_size} maps of a rollout.")
     if args.num_iterations < 1:
         raise Refusal(f"--total-timesteps must hold one rollout of {args.num_envs * args.num_steps} steps.")
 
@@ -1047,7 +1045,10 @@ if __name__ == "__main__":
         import wandb
 
         settings, name = wandb.Settings(init_timeout=30), os.path.basename(run_dir)
-        wandb.init(name=name, config=asdict(args), sync_tensorboard=True, save_code=True, settings=settings)
+        try:
+            wandb.init(name=name, config=asdict(args), sync_tensorboard=True, save_code=True, settings=settings)
+        finally:  # its own hook prints a traceback
+            sys.excepthook = partial(explain, envs)
 
     # ---- start, or go on
     start = checkpoint or {"iteration": 0, "seconds": 0.0, "rows": [], "recent": [], "best": -np.inf}

@@ -582,6 +582,22 @@ def test_a_full_disk(small_disk, whole):
 
 
 @LINUX
+@pytest.mark.parametrize("options", ["size=64k", "size=64k,ro"], ids=["small", "read-only"])
+def test_no_shared_memory(tmp_path, options):
+    """The environments' processes and the main one share /dev/shm, here another one in a mount namespace."""
+    apart = ["unshare", "-m", "sh", "-c", f'mount -t tmpfs -o {options} none /dev/shm && exec "$@"', "sh"]
+    try:
+        if subprocess.run([*apart, "true"], capture_output=True).returncode:
+            pytest.skip("needs a user who may mount a tmpfs")
+    except FileNotFoundError:
+        pytest.skip("needs unshare")
+    command = [*apart, sys.executable, str(SCRIPT), *f"{TINY} {SEVEN['idle']}".split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    one_sentence(done, "--num-envs")
+    assert not (tmp_path / "runs").exists()
+
+
+@LINUX
 @pytest.mark.parametrize("ends", ["| head -c 0", "2>&1 | head -c 0", ">&- 2>&-"], ids=["pipe", "both", "closed"])
 def test_output_that_nobody_reads(two, whole, ends):
     """A run that cannot say a word ends as any other: its sentence if it can be read, no worker."""
@@ -613,6 +629,15 @@ def test_tracking_without_a_login(tmp_path):
     assert "wandb" in done.stderr.splitlines()[-1] and "login" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "runs").exists()
     assert gone(process)
+
+
+def test_an_error_while_tracking(tmp_path):
+    """Weights and Biases puts an excepthook of its own in the place of the script's, which prints a traceback."""
+    flags = f"{TINY} --total-timesteps 256 --run-name fast --learning-rate 1e6 --track"
+    done = run(tmp_path, flags, check=False, WANDB_MODE="offline")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "not finite in iteration" in done.stderr
+    assert (tmp_path / "wandb").is_dir()
 
 
 # ---- random play
