@@ -1,7 +1,7 @@
 """Tables and pictures, made from the files under ablations/results/ alone.
 
     python ablations/report.py baselines [--scale cpu]   one figure: results/<scale>/<figure>.md and .png
-    python ablations/report.py claims                    the paper's claims beside ours: results/claims.md
+    python ablations/report.py claims                    the paper's claims beside ours, in ablations/README.md
     python ablations/report.py all                       every figure of this scale that has curves, and the claims
     python ablations/report.py --compare trajsep mine    folders of results; all are compared with the first
 
@@ -266,7 +266,15 @@ def claims(results):
     total = ", ".join(f"{judged} {count}" for judged, count in sorted(counts.items(), key=lambda item: -item[1]))
     firm = sum(p < 0.05 for p in p_values.values())
     summary = f"{len(CLAIMS)} claims: {total}. After Holm's correction {firm} of those run have p below 0.05.\n"
-    return f"{METHOD}\n{VERDICTS}\n{summary}\n" + "\n".join(lines) + f"\n\n{notes(data)}"
+    return f"{summary}\n" + "\n".join(lines) + f"\n\n{VERDICTS}\n{METHOD}\n{notes(data)}"
+
+
+def put_between(page, text):
+    """Replace what stands between the page's two marks, if there is such a page."""
+    if page.exists():
+        head, begin, rest = page.read_text().partition("<!-- claims -->\n")
+        _, end, tail = rest.partition("<!-- end of claims -->\n")
+        page.write_text(f"{head}{begin}{text}{end}{tail}" if end else head + begin + rest)
 
 
 def untrained(folder, metric):
@@ -360,7 +368,7 @@ def main():
         report(args.results, scale, figure, FIGURES[figure])
     if args.figure in ("claims", "all"):
         text = claims(args.results)
-        (args.results / "claims.md").write_text(text)
+        put_between(args.results.parent / "README.md", text)
         print(text, end="")
 
 

@@ -180,10 +180,13 @@ def test_claims_by_hand(tmp_path, monkeypatch, capsys):
     }
     for name, values in ice.items():
         for seed, value in enumerate(values):
-            write(tmp_path / f"cpu/{name}/seed{seed}.csv", [value] * 13, full_from=2)
-    call(monkeypatch, "claims", "--results", tmp_path)
+            write(tmp_path / f"results/cpu/{name}/seed{seed}.csv", [value] * 13, full_from=2)
+    results, page = tmp_path / "results", tmp_path / "README.md"
+    page.write_text("# Results\n<!-- claims -->\nold\n<!-- end of claims -->\nmore\n")
+    call(monkeypatch, "claims", "--results", results)
     text = capsys.readouterr().out
-    assert text == (tmp_path / "claims.md").read_text() and report.METHOD in text
+    assert page.read_text() == f"# Results\n<!-- claims -->\n{text}<!-- end of claims -->\nmore\n"
+    assert report.METHOD in text
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     found = {
         tuple(line[1].removeprefix("ice of the run: ").split(" > ")): line for line in cells if "ice of" in line[1]
@@ -201,8 +204,10 @@ def test_claims_by_hand(tmp_path, monkeypatch, capsys):
     p_values = [stats.ttest_ind(ice["trajsep"], ice["own_reward_0"], equal_var=False).pvalue, float(critic[8])]
     assert p_values[0] < p_values[1] and len(tests) > 5  # corrected for all of them
     assert sum(line[-1] == "not run" for line in cells) == int(text.split("not run ")[1].split(",")[0])
-    write(tmp_path / "cpu/global/seed1.csv", [1] * 13)  # one run is too few to judge, but it is shown
-    call(monkeypatch, "claims", "--results", tmp_path)
+    write(results / "cpu/global/seed1.csv", [1] * 13)  # one run is too few to judge, but it is shown
+    page.write_text("a page without marks")
+    call(monkeypatch, "claims", "--results", results)
+    assert page.read_text() == "a page without marks"
     assert "| 1.0 |" in capsys.readouterr().out
 
 
@@ -355,7 +360,7 @@ def test_claims_are_about_variants_and_the_papers_numbers():
 
 
 COMMITTED = [path for path in sorted((ROOT / "ablations/results").glob("*/*.md")) if path.stem in run.FIGURES]
-COMMITTED.append(ROOT / "ablations/results/claims.md")
+COMMITTED.append(ROOT / "ablations/README.md")  # with the claims
 
 
 @pytest.fixture(scope="module")
@@ -363,6 +368,7 @@ def made_anew(tmp_path_factory):
     """A copy of the results, with all tables made anew there from the curves."""
     results = tmp_path_factory.mktemp("anew") / "results"
     shutil.copytree(ROOT / "ablations/results", results, ignore=shutil.ignore_patterns("earlier"))
+    shutil.copy(ROOT / "ablations/README.md", results.parent)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "plot", lambda variants, data, path: None)  # slow, and no text to compare
         call(patch, "all", "--results", results)
@@ -372,8 +378,8 @@ def made_anew(tmp_path_factory):
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_committed_tables_are_those_of_the_committed_curves(path, made_anew):
     """Made anew from the CSV files they are the same, and a page beside run.py shows them or says where they are."""
-    assert (made_anew / path.relative_to(ROOT / "ablations/results")).read_text() == path.read_text()
-    if (ROOT / "ablations/README.md").exists():
+    assert (made_anew.parent / path.relative_to(ROOT / "ablations")).read_text() == path.read_text()
+    if path.stem != "README":
         pages = "".join(page.read_text() for page in (ROOT / "ablations").glob("*.md"))
         assert path.read_text() in pages or f"({path.relative_to(ROOT / 'ablations')})" in pages
 
