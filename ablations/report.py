@@ -48,24 +48,27 @@ with its length, and that claim has no p.
 # Commits of the curves of seeds 1 to 3, between which training is the same to the digit
 SAME_TRAINING = """ded624b ba62f97 ed12905 12e268d 1714c9c b121e8a 70b9f51 7ba5947 28d1e75 7d9b54a d4b30b6 7d588a7
 0bfc746 df73ba5 8703038 b890e22"""
-MAPS = {"cpu": "32x32", "paper": "48x48", "tiny": "24x24"}
+MAPS = {"cpu": "32x32", "cpu24": "24x24, 1 factory", "cpu40": "40x40, 3 factories", "paper": "48x48", "tiny": "24x24"}
 PAPER_CURVE = {  # trajectory separation, read off the paper's figure: thousands of steps, value
     "episodic_length": ((4, 155), (16, 220), (20, 370), (29, 560), (33, 720), (37, 920), (49, 1000), (102, 1000)),
     "ice_transferred": ((29, 2e3), (37, 9e3), (41, 13e3), (49, 18e3), (57, 24e3), (66, 32e3), (80, 37e3), (90, 41e3))
     + ((102, 44.5e3),),
 }
 COLOURS = {  # Okabe and Ito's, safe for the colour-blind; a variant has the same in every picture
-    "#0072B2": "trajsep trajsep_paper_ppo:-- difference:--",
-    "#000000": "global global_paper_ppo:-- vdn:--",
-    "#E69F00": "ippo ippo_share:-- groups_1:-- own_reward_25 closest_factory top_advantage_1_all_values random_4"
+    "#0072B2": "trajsep trajsep_paper_ppo:-- difference:-- global_twelfth:-.",
+    "#000000": "global global_paper_ppo:-- vdn:-- global_grad_10:-- global_no_value_clip:-.",
+    "#E69F00": "ippo ippo_share:-- ippo_grad_10:-- ippo_no_value_clip:-."
+    " groups_1:-- own_reward_25 closest_factory top_advantage_1_all_values random_4"
     " poster_norms epochs_2 global_paper_rollout:-- trajsep_paper_rollout:-. dae_25:-- dae_100:-.",
-    "#D55E00": "mappo mappo_share:-- groups_2:-- quadrant top_advantage_1 random_2 global_paper_learning_rate:--"
+    "#D55E00": "mappo mappo_share:-- mappo_grad_10:-- mappo_no_value_clip:-."
+    " groups_2:-- quadrant top_advantage_1 random_2 global_paper_learning_rate:--"
     " trajsep_paper_learning_rate:-. dae_50:--",
     "#009E73": "global_critic groups_8:-- units_only own_reward_50 top_abs_advantage_1 random_8"
     " global_paper_entropy:-- coma difference_free:--",
-    "#56B4E9": "groups_16:-- own_reward_75 closest_heavy top_return_1 random_16 gpae_95 gpae_50:--",
+    "#56B4E9": "groups_16:-- own_reward_75 closest_heavy top_return_1 random_16 gpae_95 gpae_50:--"
+    " gpae_reuse_2_plain:-.",
     "#CC79A7": "own_reward_0 groups_4:-- two_trajectories random_1 global_paper_no_symmetries:-- gpae_0"
-    " gpae_reuse_2:--",
+    " gpae_reuse_2:-- gpae_steps_32:-.",
 }
 LINES = {
     (word := entry.partition(":"))[0]: (c, word[2] or "-") for c, names in COLOURS.items() for entry in names.split()

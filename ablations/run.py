@@ -35,6 +35,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SCALES = {
     "cpu": "--small --total-timesteps 53248",
+    "cpu24": "--small --map-size 24 --factories-per-team 1 --max-units 15 --total-timesteps 53248",
+    "cpu40": "--small --map-size 40 --factories-per-team 3 --max-units 45 --total-timesteps 53248",
     "paper": "--total-timesteps 102400",
     "tiny": "--map-size 24 --factories-per-team 1 --max-units 8 --channels 4 "  # seconds, for trying out
     "--num-envs 2 --num-steps 64 --num-minibatches 2 --total-timesteps 1024",
@@ -53,6 +55,11 @@ class Variant:
 ROLLOUT, RATE = "--num-envs 4 --num-steps 1024 --num-minibatches 16 --update-epochs 4", "--learning-rate 3e-4"
 ENTROPY, VIEWS, TOP = "--ent-coef 0.01 --no-anneal-ent", "--no-augment", "--samples-per-step 1 --keep top"
 PAPER_PPO = f"--total-timesteps 102400 {ROLLOUT} {RATE} {ENTROPY} {VIEWS}"  # probably: the organisers' baseline's
+TWELFTH = " ".join(  # of the script's rewards: the team's, in a twelfth of its size
+    f"--reward-{name} {value / 12:.3g}"
+    for name, value in (("ice-dug", 0.001), ("ice-delivered", 0.0005), ("ice-received", 0.0005))
+    + (("rubble-cleared", 0.001), ("factory-alive", 0.001), ("unit-lost", -0.1), ("factory-lost", -1))
+)
 TABLE = f"""
 trajsep | trajectory separation | ppo_trajsep_lux.py | | 44,472 +- 12,065
 ippo | IPPO | ippo_lux.py | |
@@ -60,6 +67,13 @@ mappo | MAPPO (global advantage) | mappo_lux.py | | 2,643 +- 3,353
 ippo_share | IPPO, equal shares | ippo_lux.py | --team-scale 0 |
 mappo_share | MAPPO, equal shares | mappo_lux.py | --team-scale 0 |
 global | one global trajectory | ppo_global_lux.py | | 3,066 +- 2,996
+global_grad_10 | one global trajectory, gradient clip 10 | ppo_global_lux.py | --max-grad-norm 10 |
+global_no_value_clip | one global trajectory, no value clip | ppo_global_lux.py | --no-clip-vloss |
+global_twelfth | one global trajectory, rewards / 12 | ppo_global_lux.py | {TWELFTH} |
+ippo_grad_10 | IPPO, gradient clip 10 | ippo_lux.py | --max-grad-norm 10 |
+ippo_no_value_clip | IPPO, no value clip | ippo_lux.py | --no-clip-vloss |
+mappo_grad_10 | MAPPO, gradient clip 10 | mappo_lux.py | --max-grad-norm 10 |
+mappo_no_value_clip | MAPPO, no value clip | mappo_lux.py | --no-clip-vloss |
 poster_norms | the poster's norms | poster_norms | |
 epochs_2 | 2 epochs in place of 3 | ppo_trajsep_lux.py | --update-epochs 2 |
 trajsep_paper_ppo | trajectory separation, the paper's PPO | ppo_trajsep_lux.py | {PAPER_PPO} | 44,472 +- 12,065
@@ -88,6 +102,9 @@ gpae_95 | GPAE, lambda 0.95 | ablations/gpae_lux.py | --gae-lambda 0.95 |
 gpae_50 | GPAE, lambda 0.5 | ablations/gpae_lux.py | --gae-lambda 0.5 |
 gpae_0 | GPAE, lambda 0 | ablations/gpae_lux.py | --gae-lambda 0 |
 gpae_reuse_2 | GPAE, each rollout used twice | ablations/gpae_lux.py | --num-steps 32 --reuse 2 |
+gpae_reuse_2_plain | GPAE, each rollout used twice, no importance weights | ablations/gpae_lux.py |\
+ --num-steps 32 --reuse 2 --importance none |
+gpae_steps_32 | GPAE, each rollout used once, as long as those used twice | ablations/gpae_lux.py | --num-steps 32 |
 dae_25 | DAE, beta 0.25 | ablations/dae_lux.py | --beta 0.25 |
 dae_50 | DAE, beta 0.5 | ablations/dae_lux.py | --beta 0.5 |
 dae_100 | DAE, beta 1 | ablations/dae_lux.py | --beta 1 |
@@ -117,6 +134,10 @@ FIGURES = {  # the first variant of each is what the others are compared with
     "baselines": "trajsep ippo mappo ippo_share mappo_share global",
     "rivals": "trajsep ippo mappo global coma gpae_95 gpae_50 gpae_0 gpae_reuse_2 dae_25 dae_50 dae_100 vdn"
     " difference difference_free",
+    "reuse": "gpae_95 gpae_reuse_2 gpae_reuse_2_plain gpae_steps_32",
+    "controls": "trajsep global global_grad_10 global_no_value_clip global_twelfth ippo ippo_grad_10"
+    " ippo_no_value_clip mappo mappo_grad_10 mappo_no_value_clip",
+    "size": "trajsep mappo gpae_50 coma",  # at the scales cpu24, cpu and cpu40
     "norms": "trajsep poster_norms",
     "epochs": "trajsep epochs_2",
     "paper_ppo": "trajsep trajsep_paper_ppo global global_paper_ppo",

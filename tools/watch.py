@@ -233,7 +233,8 @@ def watch(flags):
     print(f"{output}: {len(frames)} steps, {len(ours)} entities, {output.stat().st_size / 1000:.0f} KB")
     if flags.gif:
         first, *rest = pictures(frames)
-        first.save(flags.gif, "GIF", save_all=True, append_images=rest, duration=100, loop=0, optimize=True)
+        durations = [100] * len(rest) + [2000]  # ms: the end stays
+        first.save(flags.gif, "GIF", save_all=True, append_images=rest, duration=durations, loop=0, optimize=True)
         print(f"{flags.gif}: {flags.gif.stat().st_size / 1000:.0f} KB")
     if flags.replay:
         tape.write(flags.replay)
