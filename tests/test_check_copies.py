@@ -420,6 +420,17 @@ def test_a_mark_on_an_added_class_is_one_for_its_members(tree):
     assert "Agent.more: ppo_trajsep_lux.py has no such unit" in check(tree).stderr  # a class of both is another matter
 
 
+def test_what_misled_a_newcomer_is_told(tree):
+    """No empty line below the docstring; a heading that stays above a field that is removed."""
+    edit(tree / "ippo_lux.py", "\n# Parent:", "# Parent:")
+    edit(tree / "ippo_lux.py", "    seed: int = 1\n", "    # A heading\n    seed: int = 1\n")
+    said = check(tree, "--fix").stderr
+    assert "differs without a mark: only its empty lines differ: put those of the parent back" in said
+    assert "Args.seed; if what stands above it belongs to a unit that you removed, remove that as well" in said
+    edit(tree / "ippo_lux.py", "    # A heading\n    seed: int = 1\n", "    seed: int  = 1\n")
+    assert "Args.seed\n" in check(tree, "--fix").stderr and "seed; if what" not in check(tree, "--fix").stderr
+
+
 def test_without_git_nothing_is_touched(bare):
     edit(bare / "ppo_trajsep_lux.py", '"""the seed"""', '"""a seed"""')
     before = texts(bare)
