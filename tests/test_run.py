@@ -136,7 +136,9 @@ def test_a_second_runner_beside_the_first_stores_no_half_of_its_curve(project):
 def test_an_ended_runner_ends_its_runs_and_the_same_command_goes_on(project, number):
     if number == signal.SIGKILL and sys.platform != "linux":
         pytest.skip("only Linux tells a process that its parent is gone")
-    runner = start(project, "--seeds", "1", "--flags=--sleep 600", start_new_session=True)
+    heard = {"preexec_fn": lambda: signal.signal(number, signal.SIG_DFL)}  # not ignored, as under nohup or in "&"
+    heard = {} if number == signal.SIGKILL else heard
+    runner = start(project, "--seeds", "1", "--flags=--sleep 600", start_new_session=True, **heard)
     log = project / "runs/tiny-mine-1.log"
     wait_for(lambda: log.exists() and log.read_text().endswith("\n"))
     pid = int(log.read_text().split()[-1])
