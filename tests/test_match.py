@@ -198,3 +198,16 @@ def test_refusals(tmp_path):
     assert there.read_text() == "precious"
     done = run(bot, tmp_path / "no")
     assert done.returncode == 1 and done.stderr.startswith("There is no ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "ablations/results/matches").glob("*.json")), ids=lambda path: path.stem
+)
+def test_the_page_tells_the_committed_matches(path):
+    """From the games themselves: who won how often, and how long they lasted."""
+    games = json.loads(path.read_text())["games"]
+    won = [sum(game["winner"] == name for game in games) for name in "AB"]
+    share, steps = won[0] / sum(won), sum(game["steps"] for game in games) / len(games)
+    cells = f"| {won[0]} | {won[1]} | {len(games) - sum(won)} | {share:.0%} ["
+    rows = [row for row in (ROOT / "ablations/README.md").read_text().splitlines() if cells in row]
+    assert len(rows) == 1 and rows[0].endswith(f" | {steps:,.0f} |")
