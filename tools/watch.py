@@ -11,7 +11,6 @@ The script beside the model is run as a program: watch only runs that you trust.
 import argparse
 import base64
 import gzip
-import inspect
 import json
 import sys
 from collections import defaultdict
@@ -21,6 +20,7 @@ from pathlib import Path
 import load
 import numpy as np
 import torch
+from load import call
 from PIL import Image, ImageColor, ImageDraw
 from replay import Tape
 
@@ -29,14 +29,6 @@ ACTIONS = (  # the scripts' names of what units and factories do
     ("NO_OP", "BUILD_LIGHT", "BUILD_HEAVY", "WATER"),
 )
 APART = {"slot", "id", "kind", "queued", "pos"}  # what a row of a View holds beside stocks
-
-
-def call(function, known):
-    """Call a script's function with what its parameters are named after, since scripts differ in these."""
-    names = inspect.signature(function).parameters
-    if missing := [name for name in names if name not in known]:
-        raise load.Refusal(f"{function.__name__} of this script needs {missing[0]!r}, which tools/watch.py has not.")
-    return function(**{name: known[name] for name in names})
 
 
 # ---- playing
