@@ -307,24 +307,24 @@ class Estimator:
 # ---- measures
 
 
-def measure(truth, estimate):
-    """Of estimates on truths, both (n,): slope, correlation, noise over truth, share of right signs."""
+def measure(truth, estimate, known):
+    """Of estimates on truths, both (n,): slope, correlation, noise over truth; share of right signs where `known`."""
     if len(truth) < 3 or np.std(truth) == 0:
         return dict.fromkeys(("slope", "correlation", "noise", "signs"), np.nan)
     covariance = np.cov(truth, estimate)
-    spread, known = np.sqrt(np.diag(covariance)), truth != 0
+    spread, signs = np.sqrt(np.diag(covariance)), np.sign(truth) == np.sign(estimate)
     return {
         "slope": covariance[0, 1] / covariance[0, 0],
         "correlation": covariance[0, 1] / spread.prod() if spread[1] else 0.0,
         "noise": np.std(estimate - truth) / np.std(truth),
-        "signs": np.mean(np.sign(truth[known]) == np.sign(estimate[known])),
+        "signs": signs[known].mean() if known.any() else np.nan,
     }
 
 
 def intervals(cluster, statistic, resamples=400):
     """The 95% interval of each number in statistic(rows) when whole clusters (n,) are drawn anew."""
     rows, rng = [np.flatnonzero(cluster == name) for name in np.unique(cluster)], np.random.default_rng(0)
-    if len(rows) < 3:
+    if len(rows) < 3:  # too few to tell
         return dict.fromkeys(statistic(np.arange(len(cluster))), [np.nan, np.nan])
     drawn = [
         statistic(np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])) for _ in range(resamples)
@@ -341,7 +341,10 @@ def deaths_and_births(script, rollout):
     over, unit = (mask <= dones).all(-1), rollout["seen"]["kind"][:-1] != script.FACTORY
     deaths, births = [], []
     for t, b, slot in (mask & unit & dones & ~over[..., None]).nonzero().tolist():
-        first = next((u for u in range(t, max(t - NEAR, -1), -1) if u == 0 or not mask[u - 1, b, slot]), t - NEAR + 1)
+        first = next(
+            (u for u in range(t, max(t - NEAR, -1), -1) if u == 0 or over[u - 1, b] or not mask[u - 1, b, slot]),
+            t - NEAR + 1,
+        )
         erased = torch.zeros_like(mask[:, b])
         erased[t + 1 :] = True
         deaths.append((b, slot, slice(first, t + 1), erased))
@@ -460,16 +463,17 @@ def summary(script, truth, fits):
     result = {}
     for name, (chosen, which) in groups_of(script, truth).items():
         true, state = truth[which][chosen], truth["state"][chosen]
+        known = np.abs(true) > np.maximum(2 * truth[f"{which}_error"][chosen], 1e-9)
         estimates = {key: [one[key][chosen] for one in fits] for key in ("raw", "normal")}
 
-        def statistic(rows, true=true, estimates=estimates):
-            several = [measure(true[rows], x[rows]) for x in estimates["raw"]]
+        def statistic(rows, true=true, estimates=estimates, known=known):
+            several = [measure(true[rows], x[rows], known[rows]) for x in estimates["raw"]]
             found = {key: np.mean([one[key] for one in several]) for key in several[0]}
-            normal = [measure(true[rows], x[rows])["correlation"] for x in estimates["normal"]]
+            normal = [measure(true[rows], x[rows], known[rows])["correlation"] for x in estimates["normal"]]
             return found | {"correlation_normal": np.mean(normal)}
 
         result[name] = {"value": statistic(np.arange(len(true))), "interval": intervals(state, statistic)}
-        result[name]["fits"] = [measure(true, x) for x in estimates["raw"]]
+        result[name]["fits"] = [measure(true, x, known) for x in estimates["raw"]]
     true = within_steps(truth["state"], truth["policy"], truth["policy_error"])
     found, rows = result["all"], np.arange(len(truth["state"]))
 
@@ -502,7 +506,7 @@ def summary(script, truth, fits):
         part, whole = np.sum([np.array(one["parts"][name]).reshape(-1, 2) for one in fits], 0).T
 
         def share(rows, name=name, part=part, whole=whole):
-            return {name: part[rows].sum() / whole[rows].sum() if len(rows) else np.nan}
+            return {name: part[rows].sum() / whole[rows].sum() if whole[rows].sum() else np.nan}
 
         found["value"] |= share(np.arange(len(part)))
         found["interval"] |= intervals(np.arange(len(part)), share)
@@ -532,7 +536,7 @@ def show(results, truth):
         print(f"{name:<28}" + "".join(f"{' '.join(f'{x:.2f}' for x in cell):>22}" for cell in three))
 
 
-def draw(path, truth, results, kinds):
+def draw(path, truth, results, estimates, kinds):
     """Truth across, estimate up, a panel an estimator; the grey line is where they are equal."""
     import matplotlib
 
@@ -546,7 +550,7 @@ def draw(path, truth, results, kinds):
     for axis in axes.flat[len(results) :]:
         axis.axis("off")
     for axis, (name, groups) in zip(axes.flat, results.items(), strict=False):
-        estimate, found = np.array(groups["estimates"]["raw"][0]), groups["all"]["value"]
+        estimate, found = estimates[name]["raw"][0], groups["all"]["value"]
         axis.plot([-wide, wide], [-wide, wide], color="0.7", linewidth=1)
         for kind, (label, colour) in kinds.items():
             chosen = truth["kind"] == kind
@@ -626,14 +630,14 @@ def credit_truth(flags):
         some = [one for one in every if one[1] == name]
         for i in np.random.default_rng(flags.seed).permutation(len(some))[:CASES]:
             cases[some[i][0]].append((name, some[i][2]))
-    results = {}
+    results, estimates = {}, {}
     for name, (file, changed) in ESTIMATORS.items():
         its_args, fits = settings(files[file], args, changed), []
         for seed in range(1 if name in NO_CRITIC else flags.fits):
             critic = None if name in NO_CRITIC else fit(files[file], its_args, train, seed)
             fits.append(judge(Estimator(name, files[file], its_args, critic), truth, fresh, forced, cases))
         results[name] = summary(script, truth, fits)
-        results[name]["estimates"] = {key: [one[key] for one in fits] for key in ("raw", "normal")}
+        estimates[name] = {key: [one[key] for one in fits] for key in ("raw", "normal")}
         say(name, f"{len(fits)} fits, correlation {results[name]['all']['value']['correlation']:.2f}")
     print(f"{flags.run}: {len(truth['t'])} actions in {flags.states} states, {events} units made to stand still")
     print(
@@ -645,7 +649,7 @@ def credit_truth(flags):
     if flags.json:
         content = {"run": flags.run, "flags": {key: value for key, value in vars(flags).items() if key != "run"}}
         content |= {"args": asdict(args), "seconds": seconds, "events": events, "quality": known, "true_gap": gap}
-        content |= {"truth": truth, "estimators": results}
+        content |= {"truth": truth, "estimators": results, "estimates": estimates}
         with open(flags.json, "x") as file:
             json.dump(plain(content), file)
     if flags.picture:
@@ -654,7 +658,7 @@ def credit_truth(flags):
             script.HEAVY: ("heavy", "#08306b"),
             script.FACTORY: ("factory", "#d95f02"),
         }
-        draw(flags.picture, truth, results, colours)
+        draw(flags.picture, truth, results, estimates, colours)
 
 
 if __name__ == "__main__":
