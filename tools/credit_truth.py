@@ -329,7 +329,9 @@ def intervals(cluster, statistic, resamples=400):
     drawn = [
         statistic(np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])) for _ in range(resamples)
     ]
-    return {name: np.nanpercentile([one[name] for one in drawn], [2.5, 97.5]).tolist() for name in drawn[0]}
+    found = {name: np.array([one[name] for one in drawn]) for name in drawn[0]}
+    found = {name: x[np.isfinite(x)] for name, x in found.items()}
+    return {name: np.percentile(x, [2.5, 97.5]).tolist() if len(x) else [np.nan] * 2 for name, x in found.items()}
 
 
 def deaths_and_births(script, rollout):
@@ -356,11 +358,10 @@ def deaths_and_births(script, rollout):
     return {"after_death": deaths, "before_birth": births}
 
 
-def within_steps(state, x, error=None):
-    """Mean over states of the variance of x (n,) among the entities of a state, less that of its errors."""
-    rows = [np.flatnonzero(state == name) for name in np.unique(state)]
-    inner = [np.var(x[i], ddof=1) - (0 if error is None else np.mean(error[i] ** 2)) for i in rows if len(i) > 1]
-    return np.mean(inner) if inner else np.nan
+def within_steps(state, x):
+    """The variance of x (n,) among the entities of each state that has two or more: (states,)."""
+    several = [x[state == name] for name in np.unique(state)]
+    return np.array([np.var(some, ddof=1) for some in several if len(some) > 1])
 
 
 # ---- the whole measurement
@@ -474,15 +475,16 @@ def summary(script, truth, fits):
 
         result[name] = {"value": statistic(np.arange(len(true))), "interval": intervals(state, statistic)}
         result[name]["fits"] = [measure(true, x, known) for x in estimates["raw"]]
-    true = within_steps(truth["state"], truth["policy"], truth["policy_error"])
-    found, rows = result["all"], np.arange(len(truth["state"]))
+    found, error = result["all"], np.mean(truth["policy_error"] ** 2)  # which widens the truth's spread
+    inner = [within_steps(truth["state"], x) for x in (truth["policy"], *(one["raw"] for one in fits))]
 
     def spread(rows):
-        inner = np.mean([within_steps(truth["state"][rows], one["raw"][rows]) for one in fits])
-        return {"spread": np.sqrt(inner / true) if true > 0 else np.nan}
+        true, *estimates = (np.mean(variance[rows]) for variance in inner)
+        return {"spread": np.sqrt(np.mean(estimates) / (true - error)) if true > error else np.nan}
 
+    rows = np.arange(len(inner[0]))
     found["value"] |= spread(rows)
-    found["interval"] |= intervals(truth["state"], spread)
+    found["interval"] |= intervals(rows, spread)
     variance = [(1 - one["errors"].var() / one["targets"].var()).item() for one in fits]
     found["value"]["explained"], found["explained_fits"] = np.mean(variance), variance
     stood, cluster = fits[0]["gaps"][:, 0] > 0, fits[0]["gaps"][:, 1]
