@@ -46,6 +46,7 @@ OWN = {"gae_lambda", "team_scale", "num_groups", "own_reward", "bf16"}  # each s
 FORCED = 0.05  # how often a unit is made to stand still for the advantage gap
 NEAR = 20  # steps before a death and after a birth that are looked at
 CASES = 200  # deaths and births looked at, at most
+QUICK = 24, 8  # for a page of tools/watch.py: steps that are looked ahead, seeds
 TABLE = ("slope", "correlation", "noise", "signs", "explained", "gap", "after_death", "before_birth", "spread")
 
 
@@ -130,8 +131,10 @@ class Games:
 
 
 def copy_of(env):
-    """The environment in this state, to be played on apart from it; without the moves that led here."""
-    return deepcopy(env, {id(env.moves): []})
+    """The environment in this state, to be played on apart from it; without its moves and what tapes it."""
+    copy = deepcopy(env, {id(env.moves): []})
+    vars(copy.engine).pop("step", None)
+    return copy
 
 
 def futures(agent, env, actions, horizon, seed):
@@ -193,6 +196,13 @@ def true_advantages(returns, probs, action):
     mean = np.where(np.isnan(taken), np.nan, np.nansum(np.asarray(probs) * returns, -1))
     found = {"policy": taken - mean, "no_op": taken - returns[..., 0], "still": returns[..., 0] - mean}
     return {name: (x.mean(0), x.std(0, ddof=1) / len(x) ** 0.5) for name, x in found.items()}
+
+
+def quick_truth(agent, env, obs, action, probs, gamma):
+    """What each action of this step brings against the policy's mean, and its error: (2, num_slots)."""
+    steps, seeds = QUICK
+    returns = branch_returns(agent, env, obs, action, (steps,), range(seeds), gamma)
+    return np.stack(true_advantages(returns[0], probs, action)["policy"])
 
 
 # ---- the estimates
@@ -407,9 +417,9 @@ def groups_of(script, truth):
     groups |= {
         name: (truth["kind"] == getattr(script, name.upper()), "policy") for name in ("light", "heavy", "factory")
     }
-    groups[f"up to {low:.0f} living"] = truth["living"] <= low, "policy"
-    groups[f"up to {high:.0f} living"] = (truth["living"] > low) & (truth["living"] <= high), "policy"
-    groups[f"over {high:.0f} living"] = truth["living"] > high, "policy"
+    groups[f"few (to {low:.0f})"] = truth["living"] <= low, "policy"
+    groups[f"some (to {high:.0f})"] = (truth["living"] > low) & (truth["living"] <= high), "policy"
+    groups["many"] = truth["living"] > high, "policy"
     groups |= {
         "against no-op": (truth["action"] != 0, "no_op"),
         "long": (long, "long"),
