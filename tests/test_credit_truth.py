@@ -3,11 +3,13 @@
 import json
 import pickle
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 from luxai_s2.unit import UnitType
+from PIL import Image
 from test_evaluate import ROOT, make_run, refused, tool
 from torch.distributions.categorical import Categorical
 
@@ -15,7 +17,9 @@ import ppo_trajsep_lux as parent
 from ppo_trajsep_lux import DELIVER, DIG, FACTORY, HEAVY, LIGHT, NO_OP, NUM_ACTIONS
 
 sys.path.insert(0, str(ROOT / "tools"))
+import branches  # noqa: E402
 import credit_truth  # noqa: E402
+import estimates  # noqa: E402
 import load  # noqa: E402
 
 GAMMA = 0.99
@@ -66,7 +70,7 @@ def content(env):
 def test_a_copy_steps_as_the_original_and_leaves_it_untouched(scene):
     env, obs, action = scene
     before, moves = content(env), list(env.moves)
-    one, other = credit_truth.copy_of(env), credit_truth.copy_of(env)
+    one, other = branches.copy_of(env), branches.copy_of(env)
     assert content(one) == before and one.moves == []
     rng = np.random.default_rng(0)
     for _ in range(30):
@@ -83,7 +87,7 @@ def test_the_truth_by_hand(scene):
     """Everybody stands still after the first step: 20 ice dug, or 40 delivered, is all that an action can bring."""
     env, obs, action = scene
     before = content(env)
-    returns = credit_truth.branch_returns(STILL, env, obs, action, (1, 24), [0, 1], GAMMA)
+    returns = branches.branch_returns(STILL, env, obs, action, (1, 24), [0, 1], GAMMA)
     assert content(env) == before and returns.shape == (2, 2, 7, NUM_ACTIONS)
     legal = obs["action_mask"][0].astype(bool)
     free = legal.sum(-1) > 1
@@ -96,7 +100,7 @@ def test_the_truth_by_hand(scene):
         expected[:, 1] -= 0.04 * (np.arange(NUM_ACTIONS) != DELIVER)
         assert np.allclose(returns[h][np.isfinite(returns[h])], expected[np.isfinite(returns[h])], atol=1e-6)
     probs = legal / legal.sum(-1, keepdims=True)
-    found = credit_truth.true_advantages(returns[1], probs, action)
+    found = branches.true_advantages(returns[1], probs, action)
     choices = legal.sum(-1)
     assert np.allclose(found["policy"][0][:2], [0.02 * (1 - 1 / choices[0]), 0.04 * (1 - 1 / choices[1])], atol=1e-6)
     assert np.allclose(found["no_op"][0][:2], [0.02, 0.04], atol=1e-6)
@@ -107,13 +111,13 @@ def test_the_truth_by_hand(scene):
 def test_branches_share_their_chance(scene):
     """The same first action again gives the same rewards, another seed others; the game's end pays no more."""
     env, _, action = scene
-    one, same = credit_truth.futures(ANY, env, [action, action], 24, 0)
+    one, same = branches.futures(ANY, env, [action, action], 24, 0)
     assert one.tolist() == same.tolist() and np.abs(one[1:] - 0.001).max() > 1e-6
-    assert credit_truth.futures(ANY, env, [action], 24, 1)[0].tolist() != one.tolist()
-    late = credit_truth.copy_of(env)
+    assert branches.futures(ANY, env, [action], 24, 1)[0].tolist() != one.tolist()
+    late = branches.copy_of(env)
     (factory,) = late.engine.state.factories["player_0"].values()
     factory.cargo.water = 3
-    rewards = credit_truth.futures(STILL, late, [np.zeros_like(action)], 24, 0)[0]
+    rewards = branches.futures(STILL, late, [np.zeros_like(action)], 24, 0)[0]
     end = int(np.flatnonzero(np.isclose(rewards, -1))[0])  # the factory is lost
     assert 0 < end < 10 and (rewards[end + 1 :] == 0).all()
 
@@ -188,18 +192,18 @@ def played(tmp_path_factory):
     run = make_run(tmp_path_factory.mktemp("truth") / "run", **settings)
     script, args, agent = load.load(run)
     game = load.import_script(ROOT / "ablations" / "difference_lux.py")
-    games = credit_truth.Games(game, credit_truth.settings(game, args, {}), agent, 0)
+    games = branches.Games(game, estimates.settings(game, args, {}), agent, 0)
     games.scatter(100)
     return run, args, games.rollout(32, forced=0.5, kept=[(3, 0), (31, 1)])
 
 
 def estimator(name, args):
-    file, changed = credit_truth.ESTIMATORS[name]
+    file, changed = estimates.ESTIMATORS[name]
     script = load.import_script(ROOT / file)
-    its_args = credit_truth.settings(script, args, changed)
+    its_args = estimates.settings(script, args, changed)
     torch.manual_seed(0)
-    agent = None if name in credit_truth.NO_CRITIC else script.Agent(its_args).requires_grad_(False)
-    return credit_truth.Estimator(name, script, its_args, agent)
+    agent = None if name in estimates.NO_CRITIC else script.Agent(its_args).requires_grad_(False)
+    return estimates.Estimator(name, script, its_args, agent)
 
 
 def test_rollouts(played):
@@ -247,7 +251,7 @@ def test_what_a_share_pays_is_in_units_of_the_team(played):
     for share in (1 / 12, 1 / 3):
         ippo = estimator("IPPO", args)
         ippo.args.team_scale, ippo.args.gae_lambda = share, 0.0
-        ippo = credit_truth.Estimator("IPPO", ippo.script, ippo.args, None)
+        ippo = estimates.Estimator("IPPO", ippo.script, ippo.args, None)
         whole.append(ippo.advantages(rollout)[0])
     assert torch.allclose(*whole, atol=1e-5)
     mask = rollout["seen"]["kind"][:-1] > 0
@@ -260,19 +264,19 @@ def test_critics_are_fitted(played):
     _, args, rollout = played
     for name in ("separation", "MAPPO", "GPAE 0.5", "COMA", "DAE 0.25", "differences"):
         before = estimator(name, args)
-        after = credit_truth.fit(before.script, before.args, [rollout] * 10, 0)
+        after = estimates.fit(before.script, before.args, [rollout] * 10, 0)
         actors = [
             {key: x for key, x in agent.state_dict().items() if "actor" in key} for agent in (before.agent, after)
         ]
         assert all(torch.equal(x, actors[1][key]) for key, x in actors[0].items())
         losses = []
         for agent in (before.agent, after):
-            one = credit_truth.Estimator(name, before.script, before.args, agent)
+            one = estimates.Estimator(name, before.script, before.args, agent)
             _, _, returns, trajectories, said = one.advantages(rollout)
             new = before.script.value_loss(trajectories.values, None, returns, trajectories.active)
             if "expected" in said:
                 seen = {key: x[:-1].flatten(0, 1) for key, x in rollout["seen"].items()}
-                paid = credit_truth.look(one.script, agent, seen, seen["action"], seen["probs"])["paid"]
+                paid = estimates.look(one.script, agent, seen, seen["action"], seen["probs"])["paid"]
                 active = trajectories.active.flatten(0, 1)
                 losses.append(one.script.value_loss(paid, None, trajectories.rewards.flatten(0, 1), active))
             losses.append(new)
@@ -291,7 +295,7 @@ def test_what_comes_after_a_death_and_from_before_a_birth(played):
     paid["dones"][4, 0, 0] = 1
     paid["rewards"][3, 0, 0], paid["rewards"][3, 0, 1], paid["rewards"][7, 0, 1] = 1.0, 2.0, 4.0
     made = {"seen": seen, "paid": paid}
-    cases = credit_truth.deaths_and_births(parent, made)
+    cases = estimates.deaths_and_births(parent, made)
     ((b, slot, cells, after),), ((_, born, first, older),) = cases["after_death"], cases["before_birth"]
     assert (b, slot, cells, born, first) == (0, 0, slice(2, 5), 0, slice(2, 5))
     assert after.nonzero()[:, 0].unique().tolist() == [5, 6, 7, 8]
@@ -311,31 +315,33 @@ def test_what_comes_after_a_death_and_from_before_a_birth(played):
 
 # ---- the program
 
-FAST = ("--states", 3, "--seeds", 2, "--steps", 4, "--long-states", 1, "--long-steps", 6)
-FAST += ("--rollouts", 1, "--fits", 2, "--gap-events", 3)
+FAST = {"states": 3, "seeds": 2, "steps": 4, "long_states": 1, "long_steps": 6, "rollouts": 1, "fits": 2}
+FAST |= {"gap_events": 3, "seed": 0, "best": False, "script": None}
 
 
-def test_a_small_run(played, tmp_path):
-    run, *_ = played
-    files = {"--json": tmp_path / "truth.json", "--picture": tmp_path / "truth.png"}
-    done = tool("credit_truth.py", run, *FAST, *(flag for pair in files.items() for flag in pair))
-    assert done.returncode == 0, done.stderr
-    found = json.loads(files["--json"].read_text())
-    assert list(found["estimators"]) == list(credit_truth.ESTIMATORS) and found["flags"]["fits"] == 2
-    rows = len(found["truth"]["state"])
-    assert rows >= 6 and found["quality"]["all"]["actions"] == rows and set(found["truth"]["state"]) == {0, 1, 2}
+def test_a_small_run(played, tmp_path, monkeypatch, capsys):
+    files = {"json": tmp_path / "truth.json", "picture": tmp_path / "truth.png"}
+    monkeypatch.setattr(branches.Games, "scatter", lambda games, steps: None)  # all from a game's start
+    credit_truth.credit_truth(Namespace(run=played[0], **FAST, **files))
+    out, found = capsys.readouterr().out, json.loads(files["json"].read_text())
+    assert list(found["estimators"]) == list(estimates.ESTIMATORS) and found["flags"]["fits"] == 2
+    state = np.array(found["truth"]["state"])
+    assert len(state) >= 6 and found["quality"]["all"]["actions"] == len(state) and {*state} == {0, 1, 2}
+    assert found["quality"]["long"]["actions"] == (state == 0).sum() and found["events"] >= 3
     for name, groups in found["estimators"].items():
-        fits = 1 if name in credit_truth.NO_CRITIC else 2
-        assert np.array(found["estimates"][name]["raw"]).shape == (fits, rows) and len(groups["all"]["fits"]) == fits
-        assert groups["all"]["value"]["correlation"] is not None and name in done.stdout
-    assert (
-        found["estimators"]["MAPPO"]["all"]["value"]["gap_raw"]
-        == 0
-        == found["estimators"]["MAPPO"]["all"]["value"]["spread"]
-    )
+        fits, value = 1 if name in estimates.NO_CRITIC else 2, groups["all"]["value"]
+        assert np.array(found["estimates"][name]["raw"]).shape == (fits, len(state))
+        assert len(groups["all"]["fits"]) == fits and -1 <= value["correlation"] <= 1 and name in out
+        assert (value["explained"] == 0) == (name in estimates.NO_CRITIC)
+    raw = {name: np.array(one["raw"][0]) for name, one in found["estimates"].items()}
+    alike = {name: all(np.ptp(x[state == n]) < 1e-6 for n in range(3)) for name, x in raw.items()}
+    assert [name for name in alike if alike[name]] == ["MAPPO", "one global trajectory"]
+    assert found["estimators"]["MAPPO"]["all"]["value"]["gap_raw"] == 0
     assert found["estimates"]["separation"]["raw"][0] != found["estimates"]["separation"]["raw"][1]
-    assert files["--picture"].stat().st_size > 10000
-    refused(tool("credit_truth.py", run, *FAST, "--json", files["--json"]), "exists already")
+    with Image.open(files["picture"]) as image:
+        assert image.size[0] > 1000
+    with pytest.raises(load.Refusal, match="exists already"):
+        credit_truth.credit_truth(Namespace(run=played[0], **FAST, **files))
 
 
 @pytest.mark.parametrize(

@@ -1,317 +1,31 @@
 """Whose credit is right? Every estimator's advantages against the simulated effect of the actions.
 
-The policy of a run is frozen. Truth: the game is copied in a state, one entity's action is replaced by
-each other that is legal, and all copies are played on by the policy with the same chance (symmetries
-by step; Gumbel noise by step, slot and action). An action's true advantage is the team's discounted
-return over the next steps less its mean over the entity's policy. Estimates: each training script's own
-functions, with a critic of its own fitted from scratch, on the rollout in which the state came up.
-All are in units of the team's reward: what a script pays as a share is divided by that share.
+The policy of a run is frozen. Truth (branches.py): an action's advantage is the team's discounted return
+over the next steps less its mean over the entity's policy, with each other action simulated in turn.
+Estimates (estimates.py): each training script's own functions, with a critic fitted from scratch, on the
+rollout in which the state came up; in units of the team's reward.
 The script beside the model is run as a program: measure only runs that you trust.
 
     python tools/credit_truth.py runs/NAME --json truth.json --picture truth.png
 """
 
 import argparse
-import inspect
 import json
 import sys
 import time
-from copy import deepcopy
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import load
 import numpy as np
 import torch
-from load import call
+from branches import Games, branch_returns, true_advantages
+from estimates import ESTIMATORS, NO_CRITIC, ROOT, Estimator, deaths_and_births, fit, settings
 
-ROOT = Path(__file__).parents[1]
-ESTIMATORS = {  # the script of each, and the settings that are not the script's own or the run's
-    "separation": ("ppo_trajsep_lux.py", {}),
-    "own rewards, no critic": ("ppo_trajsep_lux.py", {"gae_lambda": 1.0}),
-    "own rewards less their mean": ("ppo_trajsep_lux.py", {"gae_lambda": 1.0}),
-    "IPPO": ("ippo_lux.py", {}),
-    "MAPPO": ("mappo_lux.py", {}),
-    "one global trajectory": ("ppo_global_lux.py", {}),
-    "GPAE 0": ("ablations/gpae_lux.py", {"gae_lambda": 0.0}),
-    "GPAE 0.5": ("ablations/gpae_lux.py", {"gae_lambda": 0.5}),
-    "GPAE 0.95": ("ablations/gpae_lux.py", {"gae_lambda": 0.95}),
-    "COMA": ("ablations/coma_lux.py", {}),
-    "DAE 0.25": ("ablations/dae_lux.py", {"beta": 0.25}),
-    "DAE 1": ("ablations/dae_lux.py", {"beta": 1.0}),
-    "differences": ("ablations/difference_lux.py", {}),
-}
-NO_CRITIC = ("own rewards, no critic", "own rewards less their mean")
-OWN = {"gae_lambda", "team_scale", "num_groups", "own_reward", "bf16"}  # each script's own settings stay
 FORCED = 0.05  # how often a unit is made to stand still for the advantage gap
-NEAR = 20  # steps before a death and after a birth that are looked at
 CASES = 200  # deaths and births looked at, at most
-QUICK = 24, 8  # for a page of tools/watch.py: steps that are looked ahead, seeds
 TABLE = ("slope", "correlation", "noise", "signs", "explained", "gap", "after_death", "before_birth", "spread")
-
-
-def settings(script, args, changed):
-    """The script's Args for the run's game, network and PPO settings."""
-    names = {field.name for field in fields(script.Args)} - OWN
-    known = {name: value for name, value in asdict(args).items() if name in names}
-    return script.Args(**known | {"bf16": args.bf16} | changed)
-
-
-# ---- the game
-
-
-def step(env, action, simulate=False):
-    """`env.step` for one side's actions (num_slots,); difference_lux.py alone can simulate besides."""
-    extra = {"simulate": simulate} if "simulate" in inspect.signature(env.step).parameters else {}
-    return env.step(action[None], **extra)
-
-
-def batch_of(obs):
-    """The first side's observations of several environments as one batch of tensors."""
-    return {key: torch.from_numpy(np.stack([one[key][0] for one in obs])) for key in obs[0]}
-
-
-class Games:
-    """Environments that one frozen policy plays, each begun anew when its game is over."""
-
-    def __init__(self, script, args, agent, seed):
-        self.script, self.agent, self.rng = script, agent, np.random.default_rng(seed)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.envs = [script.LuxEnv(args) for _ in range(args.num_envs)]
-        self.obs = [env.reset(seed=int(self.rng.integers(2**31)))[0] for env in self.envs]
-
-    def act(self):
-        """The batch that the policy sees, its probabilities and sampled actions (B, num_slots)."""
-        batch = batch_of(self.obs)
-        probs = self.agent.get_distribution(batch).probs
-        return batch, probs, probs.flatten(0, 1).multinomial(1, generator=self.generator).view(probs.shape[:2])
-
-    def move(self, b, action, simulate=True):
-        """One step of environment b: the observation that ends it, in which reward and done stand."""
-        last, _, over, _, _ = step(self.envs[b], action.numpy(), simulate)
-        self.obs[b] = self.envs[b].reset()[0] if over else last
-        return last
-
-    def scatter(self, steps):
-        """Play each environment a random number of steps on, so that they are at all times of a game."""
-        left = self.rng.integers(steps, size=len(self.envs))
-        for t in range(left.max()):
-            action = self.act()[2]
-            for b in np.flatnonzero(left > t):
-                self.move(b, action[b], simulate=False)
-
-    def rollout(self, steps, forced=0.0, kept=()):
-        """T steps: tensors (T + 1, B, ...) of what is seen and done, (T, B, K) of rewards, dones and differences.
-
-        With probability `forced` a step makes one random unit stand still; `stood` lists (t, b, slot), `spared`
-        as many units that were not touched. `kept` names the (t, b) whose environments are copied.
-        """
-        seen, paid, lists, states = [], [], {"stood": [], "spared": []}, []
-        for t in range(steps + 1):
-            batch, probs, action = self.act()
-            free = (batch["action_mask"].sum(-1) > 1) & (batch["kind"] < self.script.FACTORY) & (action != 0)
-            for b in np.flatnonzero(self.rng.random(len(self.envs)) < 2 * forced) if t < steps else ():
-                if free[b].any():
-                    slot = int(self.rng.choice(np.flatnonzero(free[b])))
-                    name = ("stood", "spared")[self.rng.integers(2)]
-                    lists[name].append((t, int(b), slot))
-                    action[b, slot] *= name == "spared"  # 0 is NO_OP
-            states += [((t, b), copy_of(self.envs[b]), self.obs[b], action[b].clone()) for u, b in kept if u == t]
-            kinds = {key: batch[key] for key in ("planes", "pixel", "kind", "unit_id", "action_mask")}
-            seen.append(kinds | {"action": action, "probs": probs})
-            if t < steps:
-                last = batch_of([self.move(b, action[b]) for b in range(len(self.envs))])
-                names = {"reward": "rewards", "done": "dones", "difference": "differences"}
-                paid.append({names[key]: last[key].float() for key in names})
-        stack = [{key: torch.stack([row[key] for row in rows]) for key in rows[0]} for rows in (seen, paid)]
-        return {"seen": stack[0], "paid": stack[1], "states": states, **lists}
-
-
-# ---- the truth
-
-
-def copy_of(env):
-    """The environment in this state, to be played on apart from it; without its moves and what tapes it."""
-    copy = deepcopy(env, {id(env.moves): []})
-    vars(copy.engine).pop("step", None)
-    return copy
-
-
-def futures(agent, env, actions, horizon, seed):
-    """The team's reward in each of the next steps after each of m first actions (m, num_slots): (m, horizon)."""
-    branches, rewards, now = [], np.zeros((len(actions), horizon)), np.array(actions)
-    noise = np.random.default_rng(seed).gumbel(size=(horizon, *agent_shape(env)))
-    for _ in actions:
-        branches.append(copy_of(env))
-        branches[-1].np_random = np.random.default_rng(seed)  # the same symmetries in all
-    playing = list(range(len(actions)))
-    for t in range(horizon):
-        obs = {}
-        for i in playing:
-            obs[i], rewards[i, t], over, _, _ = step(branches[i], now[i])
-            if over:
-                del obs[i]
-        playing = list(obs)
-        if not playing or t == horizon - 1:
-            break
-        logits = agent.get_distribution(batch_of(list(obs.values()))).logits
-        now[playing] = (logits.numpy() + noise[t]).argmax(-1)
-    return rewards
-
-
-def agent_shape(env):
-    """Slots and actions of the policy."""
-    return env.observation_space["action_mask"].shape[1:]
-
-
-def branch_returns(agent, env, obs, action, horizons, seeds, gamma):
-    """Returns of every legal action of every entity with a choice: (horizons, seeds, num_slots, NUM_ACTIONS).
-
-    The others do what `action` (num_slots,) says in the first step. NaN where there is nothing to choose.
-    """
-    legal = obs["action_mask"][0].astype(bool)
-    action, free = np.asarray(action), legal.sum(-1) > 1
-    branches = [(slot, other) for slot, other in np.argwhere(legal & free[:, None]) if other != action[slot]]
-    first = np.repeat(action[None], len(branches) + 1, 0)
-    for row, (slot, other) in enumerate(branches):
-        first[row, slot] = other
-    returns = np.full((len(horizons), len(seeds), *legal.shape), np.nan)
-    for s, seed in enumerate(seeds):
-        discounted = futures(agent, env, first, max(horizons), seed) * gamma ** np.arange(max(horizons))
-        for h, horizon in enumerate(horizons):
-            total = discounted[:, :horizon].sum(1)
-            returns[h, s, free, action[free]] = total[-1]
-            for row, (slot, other) in enumerate(branches):
-                returns[h, s, slot, other] = total[row]
-    return returns
-
-
-def true_advantages(returns, probs, action):
-    """Of one horizon's returns (seeds, K, NUM_ACTIONS): what the action brings, mean and standard error, each (K,).
-
-    Against the policy's own mean (`policy`), against standing still (`no_op`), and what standing still
-    would have brought against the policy's mean (`still`).
-    """
-    taken = np.take_along_axis(returns, np.asarray(action)[None, :, None], -1)[..., 0]
-    mean = np.where(np.isnan(taken), np.nan, np.nansum(np.asarray(probs) * returns, -1))
-    found = {"policy": taken - mean, "no_op": taken - returns[..., 0], "still": returns[..., 0] - mean}
-    return {name: (x.mean(0), x.std(0, ddof=1) / len(x) ** 0.5) for name, x in found.items()}
-
-
-def quick_truth(agent, env, obs, action, probs, gamma):
-    """What each action of this step brings against the policy's mean, and its error: (2, num_slots)."""
-    steps, seeds = QUICK
-    returns = branch_returns(agent, env, obs, action, (steps,), range(seeds), gamma)
-    return np.stack(true_advantages(returns[0], probs, action)["policy"])
-
-
-# ---- the estimates
-
-
-def look(script, agent, obs, action, probs):
-    """What a critic says of a batch (B, ...): values (B, K or 1), and what COMA and DAE have beside them."""
-    said, taken = call(agent.get_value, {"obs": obs, "action": action, "probs": probs}), action[..., None]
-    if isinstance(said, tuple):  # DAE: values, and the next reward for every action
-        value, reward = said
-        return {"values": value, "expected": (probs * reward).sum(-1), "paid": reward.gather(-1, taken).squeeze(-1)}
-    if said.dim() == 3:  # COMA: Q of every action
-        advantages = script.counterfactual_advantage(said, probs, action)
-        return {"values": said.gather(-1, taken).squeeze(-1), "advantages": advantages}
-    return {"values": said}
-
-
-def look_at(script, agent, rollout):
-    """`look` at every step of a rollout: (T + 1, B, ...); values of zero without a critic."""
-    seen = rollout["seen"]
-    if agent is None:
-        return {"values": torch.zeros(seen["kind"].shape)}
-    with torch.no_grad():
-        rows = [look(script, agent, now, now["action"], now["probs"]) for now in rows_of(seen)]
-    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
-
-
-def rows_of(seen):
-    """A dictionary per step."""
-    return [{key: value[t] for key, value in seen.items()} for t in range(len(seen["kind"]))]
-
-
-def credit(script, args, seen, paid, said):
-    """By the script's own functions: advantages, targets of the critic (both (T, B, K or 1)) and trajectories."""
-    now = {key: value[:-1] for key, value in seen.items() if key != "planes"}
-    known = {**asdict(args), **now, **paid, **{key: value[:-1] for key, value in said.items()}}
-    known |= {"entity_mask": now["kind"] != script.EMPTY, "values": said["values"]}
-    known["weights"] = torch.ones(now["kind"].shape)  # of GPAE's traces: the policy is the one that acted
-    known["group"] = call(script.group_index, known)
-    known["total_groups"] = int(known["group"].max()) + 1
-    if hasattr(script, "decoupled_rewards"):
-        known["rewards"] = call(script.decoupled_rewards, known)
-    if hasattr(script, "team_reward"):
-        known["reward"] = call(script.team_reward, known)
-    known["trajectories"] = trajectories = call(script.separate_trajectories, known)
-    advantages = call(script.compute_gae, known)
-    if hasattr(script, "difference_advantages"):
-        known |= {"advantages": advantages, "dones": trajectories.dones}
-        known["expected"] = known["expected"] * known["entity_mask"]
-        advantages = call(script.difference_advantages, known)
-    returns = advantages + trajectories.values
-    return said["advantages"][:-1] if "advantages" in said else advantages, returns, trajectories  # COMA has its own
-
-
-def fit(script, args, rollouts, seed):
-    """A critic from scratch, trained as in the script on each rollout in turn, the actor left as it is."""
-    torch.manual_seed(seed)
-    agent = script.Agent(args)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-8)
-    clip = args.clip_coef if args.clip_vloss else None
-    for n, rollout in enumerate(rollouts):
-        if args.anneal_lr:
-            optimizer.param_groups[0]["lr"] = (1 - n / len(rollouts)) * args.learning_rate
-        said = look_at(script, agent, rollout)
-        _, returns, trajectories = credit(script, args, rollout["seen"], rollout["paid"], said)
-        batch = {key: value[:-1] for key, value in rollout["seen"].items()}
-        batch |= {"values": trajectories.values, "returns": returns, "active": trajectories.active}
-        batch["reward"] = trajectories.rewards
-        batch = {key: value.flatten(0, 1) for key, value in batch.items()}
-        size = len(returns) * returns.shape[1]
-        for _ in range(args.update_epochs):
-            for mb_inds in torch.randperm(size).split(size // args.num_minibatches):
-                mb = {key: value[mb_inds] for key, value in batch.items()}
-                new = look(script, agent, mb, mb["action"], mb["probs"])
-                v_loss = script.value_loss(new["values"], mb["values"], mb["returns"], mb["active"], clip)
-                if "paid" in new:
-                    v_loss = v_loss + script.value_loss(new["paid"], None, mb["reward"], mb["active"])
-                optimizer.zero_grad()
-                (args.vf_coef * v_loss).backward()
-                torch.nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-                optimizer.step()
-    return agent.requires_grad_(False)
-
-
-class Estimator:
-    """A script's advantages by one fitted critic, in units of the team's reward."""
-
-    def __init__(self, name, script, args, agent):
-        self.name, self.script, self.args, self.agent = name, script, args, agent
-        self.scale = getattr(args, "team_scale", 1.0)
-
-    def advantages(self, rollout):
-        """Raw and normalised as in the loss, both (T, B, K); targets, trajectories and what the critic said."""
-        said = look_at(self.script, self.agent, rollout)
-        raw, returns, trajectories = credit(self.script, self.args, rollout["seen"], rollout["paid"], said)
-        normal = self.script.normalize(raw, trajectories.choice)
-        if self.name == NO_CRITIC[1]:
-            raw = raw - self.script.masked_mean(raw, trajectories.choice)
-        shape = rollout["paid"]["rewards"].shape
-        return (raw / self.scale).expand(shape), normal.expand(shape), returns, trajectories, said
-
-    def without(self, rollout, said, b, erased):
-        """Raw advantages (T, K) of environment b had the rewards `erased` (T, K) not been paid."""
-        seen = {key: value[:, b : b + 1] for key, value in rollout["seen"].items() if key != "planes"}
-        paid = {key: value[:, b : b + 1].clone() for key, value in rollout["paid"].items()}
-        for key in ("rewards", "differences"):
-            paid[key][:, 0][erased] = 0
-        raw, *_ = credit(self.script, self.args, seen, paid, {key: x[:, b : b + 1] for key, x in said.items()})
-        return (raw / self.scale).expand(paid["rewards"].shape)[:, 0]
+COLOURS = {"light": "#6aaed6", "heavy": "#08306b", "factory": "#d95f02"}
 
 
 # ---- measures
@@ -336,36 +50,12 @@ def intervals(cluster, statistic, resamples=400):
     rows, rng = [np.flatnonzero(cluster == name) for name in np.unique(cluster)], np.random.default_rng(0)
     if len(rows) < 3:  # too few to tell
         return dict.fromkeys(statistic(np.arange(len(cluster))), [np.nan, np.nan])
-    drawn = [
-        statistic(np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])) for _ in range(resamples)
-    ]
+    drawn = []
+    for _ in range(resamples):
+        drawn.append(statistic(np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])))
     found = {name: np.array([one[name] for one in drawn]) for name in drawn[0]}
     found = {name: x[np.isfinite(x)] for name, x in found.items()}
     return {name: np.percentile(x, [2.5, 97.5]).tolist() if len(x) else [np.nan] * 2 for name, x in found.items()}
-
-
-def deaths_and_births(script, rollout):
-    """Cases (b, slot, cells, erased): a unit's steps near its end or start, and the rewards in question (T, K).
-
-    After a death those are all rewards; after a birth those of everybody who was there before.
-    """
-    mask, dones = rollout["seen"]["kind"][:-1] != script.EMPTY, rollout["paid"]["dones"].bool()
-    over, unit = (mask <= dones).all(-1), rollout["seen"]["kind"][:-1] != script.FACTORY
-    deaths, births = [], []
-    for t, b, slot in (mask & unit & dones & ~over[..., None]).nonzero().tolist():
-        first = next(
-            (u for u in range(t, max(t - NEAR, -1), -1) if u == 0 or over[u - 1, b] or not mask[u - 1, b, slot]),
-            t - NEAR + 1,
-        )
-        erased = torch.zeros_like(mask[:, b])
-        erased[t + 1 :] = True
-        deaths.append((b, slot, slice(first, t + 1), erased))
-    for t, b, slot in (mask & unit)[1:].logical_and(~mask[:-1] & ~over[:-1, :, None]).nonzero().tolist():
-        last = next((u for u in range(t + 1, min(t + 1 + NEAR, len(mask))) if dones[u, b, slot]), t + NEAR)
-        erased = torch.zeros_like(mask[:, b])
-        erased[t + 1 :] = mask[t, b]
-        births.append((b, slot, slice(t + 1, last + 1), erased))
-    return {"after_death": deaths, "before_birth": births}
 
 
 def within_steps(state, x):
@@ -393,9 +83,8 @@ def collect_truth(flags, agent, args, rollouts):
                 row |= {"action": int(action[slot]), "living": int((kind > 0).sum())}
                 for name in found[0]:
                     row |= {name: found[0][name][0][slot], f"{name}_error": found[0][name][1][slot]}
-                row["long"], row["long_error"] = (
-                    [x[slot] for x in found[-1]["policy"]] if len(found) > 1 else [np.nan] * 2
-                )
+                long = found[-1]["policy"] if len(found) > 1 else np.full((2, len(kind)), np.nan)
+                row |= {"long": long[0][slot], "long_error": long[1][slot]}
                 rows.append(row)
             number += 1
             print(f"\rtruth: {number} states, {len(rows)} actions", end="", file=sys.stderr, flush=True)
@@ -414,25 +103,21 @@ def groups_of(script, truth):
     low, high = np.quantile(truth["living"], (1 / 3, 2 / 3))
     long = np.isfinite(truth["long"])
     groups = {"all": (np.full(len(long), True), "policy")}
-    groups |= {
-        name: (truth["kind"] == getattr(script, name.upper()), "policy") for name in ("light", "heavy", "factory")
-    }
+    for name in ("light", "heavy", "factory"):
+        groups[name] = truth["kind"] == getattr(script, name.upper()), "policy"
     groups[f"few (to {low:.0f})"] = truth["living"] <= low, "policy"
     groups[f"some (to {high:.0f})"] = (truth["living"] > low) & (truth["living"] <= high), "policy"
     groups["many"] = truth["living"] > high, "policy"
-    groups |= {
-        "against no-op": (truth["action"] != 0, "no_op"),
-        "long": (long, "long"),
-        "long's states": (long, "policy"),
-    }
+    groups |= {"against no-op": (truth["action"] != script.NO_OP, "no_op"), "long": (long, "long")}
+    groups["long's states"] = long, "policy"
     return {name: group for name, group in groups.items() if group[0].any()}
 
 
-def true_gap(truth):
+def true_gap(script, truth):
     """The advantage gap by the truth: what the others' actions bring less what standing still would bring."""
-    gaps = []
-    for n in np.flatnonzero((truth["action"] != 0) & (truth["kind"] < 3)):
-        others = (truth["state"] == truth["state"][n]) & (truth["kind"] < 3)
+    gaps, unit = [], truth["kind"] < script.FACTORY
+    for n in np.flatnonzero((truth["action"] != script.NO_OP) & unit):
+        others = (truth["state"] == truth["state"][n]) & unit
         others[n] = False
         if others.any():
             gaps.append((truth["policy"][others].mean() - truth["still"][n], truth["state"][n]))
@@ -505,12 +190,8 @@ def summary(script, truth, fits):
         if now.all() or not now.any():
             return dict.fromkeys(("gap_raw", "gap_seen", "placebo", "gap"), np.nan)
         seen, placebo = x[now].mean(0), x[~now].mean(0)
-        return {
-            "gap_raw": seen[0] - placebo[0],
-            "gap_seen": seen[1],
-            "placebo": placebo[1],
-            "gap": seen[1] - placebo[1],
-        }
+        names = ("gap_raw", "gap_seen", "placebo", "gap")
+        return dict(zip(names, (seen[0] - placebo[0], seen[1], placebo[1], seen[1] - placebo[1]), strict=True))
 
     found["value"] |= gap(np.arange(len(both)))
     found["interval"] |= intervals(cluster, gap)
@@ -528,35 +209,31 @@ def summary(script, truth, fits):
 
 def show(results, truth):
     """The tables, to stdout."""
-    print(f"{'':<28}" + "".join(f"{name.replace('_', ' '):>22}" for name in TABLE))
-    for name, groups in results.items():
-        cells = []
-        for key in TABLE:
-            low, high = groups["all"]["interval"].get(key, (np.nan, np.nan))
-            cells.append(
-                f"{groups['all']['value'][key]:.2f}" + (f" ({low:.2f}, {high:.2f})" if np.isfinite(low) else "")
-            )
+
+    def line(name, cells):
         print(f"{name:<28}" + "".join(f"{cell:>22}" for cell in cells))
-    print("\nslope, correlation, noise over truth by group")
-    names = list(next(iter(results.values())))
-    print(f"{'':<28}" + "".join(f"{name:>22}" for name in names))
-    print(
-        f"{'actions, ceiling':<28}" + "".join(f"{truth[n]['actions']:>15} {truth[n]['ceiling']:.2f}  " for n in names)
-    )
+
+    line("", [name.replace("_", " ") for name in TABLE])
     for name, groups in results.items():
-        three = [[groups[n]["value"][key] for key in ("slope", "correlation", "noise")] for n in names]
-        print(f"{name:<28}" + "".join(f"{' '.join(f'{x:.2f}' for x in cell):>22}" for cell in three))
+        value, interval = groups["all"]["value"], groups["all"]["interval"]
+        between = [" ({:.2f}, {:.2f})".format(*interval[key]) if key in interval else "" for key in TABLE]
+        line(name, [f"{value[key]:.2f}{more}" for key, more in zip(TABLE, between, strict=True)])
+    print("\nslope, correlation and noise by group")
+    line("", truth)
+    line("actions, ceiling", [f"{one['actions']}, {one['ceiling']:.2f}" for one in truth.values()])
+    for name, groups in results.items():
+        keys = ("slope", "correlation", "noise")
+        line(name, [" ".join(f"{groups[group]['value'][key]:.2f}" for key in keys) for group in truth])
 
 
-def draw(path, truth, results, estimates, kinds):
+def draw(path, script, truth, results, estimates):
     """Truth across, estimate up, a panel an estimator; the grey line is where they are equal."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    columns = 4
-    rows = -(-len(results) // columns)
+    columns, rows = 4, -(-len(results) // 4)
     figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 2.9 * rows), sharex=True, squeeze=False)
     wide = np.abs(truth["policy"]).max() * 1.05
     for axis in axes.flat[len(results) :]:
@@ -564,8 +241,8 @@ def draw(path, truth, results, estimates, kinds):
     for axis, (name, groups) in zip(axes.flat, results.items(), strict=False):
         estimate, found = estimates[name]["raw"][0], groups["all"]["value"]
         axis.plot([-wide, wide], [-wide, wide], color="0.7", linewidth=1)
-        for kind, (label, colour) in kinds.items():
-            chosen = truth["kind"] == kind
+        for label, colour in COLOURS.items():
+            chosen = truth["kind"] == getattr(script, label.upper())
             axis.scatter(truth["policy"][chosen], estimate[chosen], s=7, color=colour, label=label, alpha=0.7)
         axis.set_title(f"{name}\ncorrelation {found['correlation']:.2f}, slope {found['slope']:.2f}", fontsize=9)
         axis.tick_params(labelsize=7)
@@ -596,9 +273,7 @@ def credit_truth(flags):
         if not least.get(name, 1) <= value <= 10**6:
             raise load.Refusal(f"--{name.replace('_', '-')} must be from {least.get(name, 1)} to 1000000, got {value}.")
     if args.opponent != "idle":
-        raise load.Refusal(
-            f"{flags.run} was trained in self-play: the truth is measured against the idle opponent only."
-        )
+        raise load.Refusal(f"{flags.run} was trained in self-play: the truth is for the idle opponent only.")
     torch.set_num_threads(1)
     files = {file: load.import_script(ROOT / file) for file, _ in ESTIMATORS.values()}
     game, start, seconds = files["ablations/difference_lux.py"], time.time(), {}
@@ -628,20 +303,13 @@ def credit_truth(flags):
     truth = collect_truth(flags, agent, args, fresh)
     groups = groups_of(script, truth)
     known = {n: quality(truth[f"{which}_error"][rows], truth[which][rows]) for n, (rows, which) in groups.items()}
-    say(
-        "truth", f"{len(truth['t'])} actions in {flags.states} states; correlation can be {known['all']['ceiling']:.2f}"
-    )
-    every = [
-        (r, name, case)
-        for r, rollout in enumerate((*fresh, *forced))
-        for name, found in deaths_and_births(script, rollout).items()
-        for case in found
-    ]
-    cases = [[] for _ in (*fresh, *forced)]
+    say("truth", f"{len(truth['t'])} actions in {flags.states} states, ceiling {known['all']['ceiling']:.2f}")
+    cases = [[] for _ in (*fresh, *forced)]  # by rollout
+    found = [deaths_and_births(script, rollout) for rollout in (*fresh, *forced)]
     for name in ("after_death", "before_birth"):
-        some = [one for one in every if one[1] == name]
-        for i in np.random.default_rng(flags.seed).permutation(len(some))[:CASES]:
-            cases[some[i][0]].append((name, some[i][2]))
+        every = [(r, case) for r, one in enumerate(found) for case in one[name]]
+        for i in np.random.default_rng(flags.seed).permutation(len(every))[:CASES]:
+            cases[every[i][0]].append((name, every[i][1]))
     results, estimates = {}, {}
     for name, (file, changed) in ESTIMATORS.items():
         its_args, fits = settings(files[file], args, changed), []
@@ -652,10 +320,9 @@ def credit_truth(flags):
         estimates[name] = {key: [one[key] for one in fits] for key in ("raw", "normal")}
         say(name, f"{len(fits)} fits, correlation {results[name]['all']['value']['correlation']:.2f}")
     print(f"{flags.run}: {len(truth['t'])} actions in {flags.states} states, {events} units made to stand still")
-    print(
-        f"truth over {flags.steps} steps: standard deviation {known['all']['std']:.4f}, error {known['all']['error']:.4f}"
-    )
-    gap = true_gap(truth)
+    spread, error = known["all"]["std"], known["all"]["error"]
+    print(f"truth over {flags.steps} steps: standard deviation {spread:.4f}, error {error:.4f}")
+    gap = true_gap(script, truth)
     print(f"its advantage gap: {gap['gap']:.4f} ({gap['interval'][0]:.4f}, {gap['interval'][1]:.4f})\n")
     show(results, known)
     if flags.json:
@@ -665,12 +332,7 @@ def credit_truth(flags):
         with open(flags.json, "x") as file:
             json.dump(plain(content), file)
     if flags.picture:
-        colours = {
-            script.LIGHT: ("light", "#6aaed6"),
-            script.HEAVY: ("heavy", "#08306b"),
-            script.FACTORY: ("factory", "#d95f02"),
-        }
-        draw(flags.picture, truth, results, estimates, colours)
+        draw(flags.picture, script, truth, results, estimates)
 
 
 if __name__ == "__main__":

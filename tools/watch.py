@@ -20,7 +20,7 @@ from pathlib import Path
 import load
 import numpy as np
 import torch
-from credit_truth import QUICK, quick_truth
+from branches import QUICK, quick_truth
 from load import call
 from PIL import Image, ImageColor, ImageDraw
 from replay import Tape
