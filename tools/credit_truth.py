@@ -24,38 +24,47 @@ from estimates import ESTIMATORS, NO_CRITIC, ROOT, Estimator, deaths_and_births,
 
 FORCED = 0.05  # how often a unit is made to stand still for the advantage gap
 CASES = 200  # deaths and births looked at, at most
-TABLE = ("slope", "correlation", "noise", "signs", "explained", "gap", "after_death", "before_birth", "spread")
+TABLE = {
+    **{"slope": "slope", "correlation": "correlation", "noise": "noise / truth", "signs": "right signs"},
+    **{"explained": "explained variance", "gap": "gap less placebo", "spread": "spread / truth's"},
+    **{"after_death": "paid after death", "before_birth": "paid by older ones"},
+}
 COLOURS = {"light": "#6aaed6", "heavy": "#08306b", "factory": "#d95f02"}
 
 
 # ---- measures
 
 
-def measure(truth, estimate, known):
-    """Of estimates on truths, both (n,): slope, correlation, noise over truth; share of right signs where `known`."""
-    if len(truth) < 3 or np.std(truth) == 0:
-        return dict.fromkeys(("slope", "correlation", "noise", "signs"), np.nan)
-    covariance = np.cov(truth, estimate)
-    spread, signs = np.sqrt(np.diag(covariance)), np.sign(truth) == np.sign(estimate)
-    return {
-        "slope": covariance[0, 1] / covariance[0, 0],
-        "correlation": covariance[0, 1] / spread.prod() if spread[1] else 0.0,
-        "noise": np.std(estimate - truth) / np.std(truth),
-        "signs": signs[known].mean() if known.any() else np.nan,
-    }
+def mean(x, weights):
+    """The weighted mean of x (n,), weights (..., n): (...); NaN where nothing weighs."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return weights @ x / weights.sum(-1)
 
 
-def intervals(cluster, statistic, resamples=400):
-    """The 95% interval of each number in statistic(rows) when whole clusters (n,) are drawn anew."""
-    rows, rng = [np.flatnonzero(cluster == name) for name in np.unique(cluster)], np.random.default_rng(0)
-    if len(rows) < 3:  # too few to tell
-        return dict.fromkeys(statistic(np.arange(len(cluster))), [np.nan, np.nan])
-    drawn = []
-    for _ in range(resamples):
-        drawn.append(statistic(np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])))
-    found = {name: np.array([one[name] for one in drawn]) for name in drawn[0]}
-    found = {name: x[np.isfinite(x)] for name, x in found.items()}
-    return {name: np.percentile(x, [2.5, 97.5]).tolist() if len(x) else [np.nan] * 2 for name, x in found.items()}
+def measure(truth, estimate, known, weights):
+    """Slope, correlation, noise over truth, and share of right signs where `known`: all (n,), weights (..., n)."""
+    right = np.sign(truth) == np.sign(estimate)
+    truth, estimate = truth - truth.mean(), estimate - estimate.mean()
+    x, y = mean(truth, weights), mean(estimate, weights)
+    xx, yy = (np.maximum(mean(z**2, weights) - mean(z, weights) ** 2, 0) for z in (truth, estimate))
+    xy = mean(truth * estimate, weights) - x * y
+    with np.errstate(divide="ignore", invalid="ignore"):
+        correlation = np.where(yy > 0, xy / np.sqrt(xx * yy), 0.0)
+        noise = np.sqrt(np.maximum(xx + yy - 2 * xy, 0) / xx)
+        return {"slope": xy / xx, "correlation": correlation, "noise": noise, "signs": mean(right, weights * known)}
+
+
+def with_intervals(cluster, statistic, resamples=1000):
+    """The numbers of statistic(weights) for all rows alike, and 95% intervals: whole clusters (n,) are drawn anew."""
+    names, index = np.unique(cluster, return_inverse=True)
+    value = {name: float(x[0]) for name, x in statistic(np.ones((1, len(cluster)))).items()}
+    if len(names) < 3:  # too few to tell
+        return {"value": value, "interval": dict.fromkeys(value, [np.nan, np.nan])}
+    equal = np.full(len(names), 1 / len(names))
+    drawn = statistic(np.random.default_rng(0).multinomial(len(names), equal, size=resamples)[:, index])
+    drawn = {name: x[np.isfinite(x)] for name, x in drawn.items()}
+    found = {name: np.percentile(x, [2.5, 97.5]).tolist() if len(x) else [np.nan] * 2 for name, x in drawn.items()}
+    return {"value": value, "interval": found}
 
 
 def within_steps(state, x):
@@ -121,10 +130,8 @@ def true_gap(script, truth):
         others[n] = False
         if others.any():
             gaps.append((truth["policy"][others].mean() - truth["still"][n], truth["state"][n]))
-    if not gaps:
-        return {"gap": np.nan, "interval": [np.nan] * 2}
-    gap, state = np.array(gaps).T
-    return {"gap": gap.mean(), "interval": intervals(state, lambda rows: {"gap": gap[rows].mean()})["gap"]}
+    gap, state = np.array(gaps).reshape(-1, 2).T
+    return with_intervals(state, lambda weights: {"gap": mean(gap, weights)})
 
 
 def judge(estimator, truth, fresh, forced, cases):
@@ -158,72 +165,76 @@ def summary(script, truth, fits):
     """An estimator's numbers in the mean over its fits, with intervals over states (or games) and by group."""
     result = {}
     for name, (chosen, which) in groups_of(script, truth).items():
-        true, state = truth[which][chosen], truth["state"][chosen]
+        true = truth[which][chosen]
         known = np.abs(true) > np.maximum(2 * truth[f"{which}_error"][chosen], 1e-9)
-        estimates = {key: [one[key][chosen] for one in fits] for key in ("raw", "normal")}
+        raw, normal = ([one[key][chosen] for one in fits] for key in ("raw", "normal"))
 
-        def statistic(rows, true=true, estimates=estimates, known=known):
-            several = [measure(true[rows], x[rows], known[rows]) for x in estimates["raw"]]
-            found = {key: np.mean([one[key] for one in several]) for key in several[0]}
-            normal = [measure(true[rows], x[rows], known[rows])["correlation"] for x in estimates["normal"]]
-            return found | {"correlation_normal": np.mean(normal)}
+        def statistic(weights, true=true, known=known, raw=raw, normal=normal):
+            several = [measure(true, x, known, weights) for x in raw]
+            found = {key: np.mean([one[key] for one in several], 0) for key in several[0]}
+            several = [measure(true, x, known, weights)["correlation"] for x in normal]
+            return found | {"correlation_normal": np.mean(several, 0)}
 
-        result[name] = {"value": statistic(np.arange(len(true))), "interval": intervals(state, statistic)}
-        result[name]["fits"] = [measure(true, x, known) for x in estimates["raw"]]
+        result[name] = with_intervals(truth["state"][chosen], statistic)
+        everything = np.ones(len(true))
+        result[name]["fits"] = [measure(true, x, known, everything) for x in raw]
     found, error = result["all"], np.mean(truth["policy_error"] ** 2)  # which widens the truth's spread
     inner = [within_steps(truth["state"], x) for x in (truth["policy"], *(one["raw"] for one in fits))]
+    rows, cluster = fits[0]["gaps"][:, :2].T
+    gaps = np.mean([one["gaps"][:, 2:] for one in fits], 0).T  # (raw and normalised, n)
 
-    def spread(rows):
-        true, *estimates = (np.mean(variance[rows]) for variance in inner)
-        return {"spread": np.sqrt(np.mean(estimates) / (true - error)) if true > error else np.nan}
+    def spread(weights):
+        true, *estimates = (mean(variance, weights) for variance in inner)
+        with np.errstate(invalid="ignore"):
+            return {"spread": np.sqrt(np.mean(estimates, 0) / np.where(true > error, true - error, np.nan))}
 
-    rows = np.arange(len(inner[0]))
-    found["value"] |= spread(rows)
-    found["interval"] |= intervals(rows, spread)
-    variance = [(1 - one["errors"].var() / one["targets"].var()).item() for one in fits]
-    found["value"]["explained"], found["explained_fits"] = np.mean(variance), variance
-    stood, cluster = fits[0]["gaps"][:, 0] > 0, fits[0]["gaps"][:, 1]
-    both = np.mean([one["gaps"][:, 2:] for one in fits], 0)  # (n, raw and normalised)
+    def gap(weights):
+        stood, spared = ([mean(x, weights * (rows == one)) for x in gaps] for one in (1, 0))
+        return {
+            "gap_raw": stood[0] - spared[0],
+            "gap_seen": stood[1],
+            "placebo": spared[1],
+            "gap": stood[1] - spared[1],
+        }
 
-    def gap(rows):
-        now, x = stood[rows], both[rows]
-        if now.all() or not now.any():
-            return dict.fromkeys(("gap_raw", "gap_seen", "placebo", "gap"), np.nan)
-        seen, placebo = x[now].mean(0), x[~now].mean(0)
-        names = ("gap_raw", "gap_seen", "placebo", "gap")
-        return dict(zip(names, (seen[0] - placebo[0], seen[1], placebo[1], seen[1] - placebo[1]), strict=True))
-
-    found["value"] |= gap(np.arange(len(both)))
-    found["interval"] |= intervals(cluster, gap)
+    several = [with_intervals(np.arange(len(inner[0])), spread), with_intervals(cluster, gap)]
     for name in ("after_death", "before_birth"):
         part, whole = np.sum([np.array(one["parts"][name]).reshape(-1, 2) for one in fits], 0).T
 
-        def share(rows, name=name, part=part, whole=whole):
-            return {name: part[rows].sum() / whole[rows].sum() if whole[rows].sum() else np.nan}
+        def share(weights, name=name, part=part, whole=whole):
+            return {name: mean(part, weights) / np.where(mean(whole, weights) > 0, mean(whole, weights), np.nan)}
 
-        found["value"] |= share(np.arange(len(part)))
-        found["interval"] |= intervals(np.arange(len(part)), share)
+        several.append(with_intervals(np.arange(len(part)), share))
         found[f"{name}_cases"] = len(part)
+    for more in several:
+        found["value"] |= more["value"]
+        found["interval"] |= more["interval"]
+    found["explained_fits"] = [(1 - one["errors"].var() / one["targets"].var()).item() for one in fits]
+    found["value"]["explained"] = np.mean(found["explained_fits"])
     return result
 
 
-def show(results, truth):
-    """The tables, to stdout."""
+def show(results, known):
+    """Two tables in Markdown, to stdout: all numbers with their intervals, and some of them by group."""
 
-    def line(name, cells):
-        print(f"{name:<28}" + "".join(f"{cell:>22}" for cell in cells))
+    def line(*cells):
+        print("| " + " | ".join(cells) + " |")
 
-    line("", [name.replace("_", " ") for name in TABLE])
+    def cell(groups, key):
+        low, high = groups["all"]["interval"].get(key, (np.nan, np.nan))
+        return f"{groups['all']['value'][key]:.2f}" + (f" ({low:.2f}, {high:.2f})" if np.isfinite(low) else "")
+
+    line("", *TABLE.values())
+    line(*["---"] * (1 + len(TABLE)))
     for name, groups in results.items():
-        value, interval = groups["all"]["value"], groups["all"]["interval"]
-        between = [" ({:.2f}, {:.2f})".format(*interval[key]) if key in interval else "" for key in TABLE]
-        line(name, [f"{value[key]:.2f}{more}" for key, more in zip(TABLE, between, strict=True)])
-    print("\nslope, correlation and noise by group")
-    line("", truth)
-    line("actions, ceiling", [f"{one['actions']}, {one['ceiling']:.2f}" for one in truth.values()])
+        line(name, *(cell(groups, key) for key in TABLE))
+    print("\nSlope, correlation and noise by group of actions\n")
+    line("", *known)
+    line(*["---"] * (1 + len(known)))
+    line("actions, ceiling", *(f"{one['actions']}, {one['ceiling']:.2f}" for one in known.values()))
     for name, groups in results.items():
         keys = ("slope", "correlation", "noise")
-        line(name, [" ".join(f"{groups[group]['value'][key]:.2f}" for key in keys) for group in truth])
+        line(name, *(" ".join(f"{groups[group]['value'][key]:.2f}" for key in keys) for group in known))
 
 
 def draw(path, script, truth, results, estimates):
@@ -255,13 +266,14 @@ def draw(path, script, truth, results, estimates):
 
 def plain(x):
     """Numbers and arrays as JSON has them; NaN becomes null."""
+    x = x.tolist() if isinstance(x, (np.ndarray, np.generic)) else x
     if isinstance(x, dict):
-        return {str(key): plain(value) for key, value in x.items()}
-    if isinstance(x, (list, tuple, np.ndarray)):
+        return {key: plain(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
         return [plain(value) for value in x]
-    if isinstance(x, (float, np.floating)):
-        return round(float(x), 6) if np.isfinite(x) else None
-    return int(x) if isinstance(x, np.integer) else str(x) if isinstance(x, Path) else x
+    if isinstance(x, float):
+        return round(x, 6) if np.isfinite(x) else None
+    return str(x) if isinstance(x, Path) else x
 
 
 def credit_truth(flags):
@@ -323,7 +335,7 @@ def credit_truth(flags):
     spread, error = known["all"]["std"], known["all"]["error"]
     print(f"truth over {flags.steps} steps: standard deviation {spread:.4f}, error {error:.4f}")
     gap = true_gap(script, truth)
-    print(f"its advantage gap: {gap['gap']:.4f} ({gap['interval'][0]:.4f}, {gap['interval'][1]:.4f})\n")
+    print("its advantage gap: {:.4f} ({:.4f}, {:.4f})\n".format(gap["value"]["gap"], *gap["interval"]["gap"]))
     show(results, known)
     if flags.json:
         content = {"run": flags.run, "flags": {key: value for key, value in vars(flags).items() if key != "run"}}
