@@ -99,12 +99,13 @@ def test_the_truth_by_hand(scene):
         expected[:, 0] -= 0.02 * (np.arange(NUM_ACTIONS) != DIG)
         expected[:, 1] -= 0.04 * (np.arange(NUM_ACTIONS) != DELIVER)
         assert np.allclose(returns[h][np.isfinite(returns[h])], expected[np.isfinite(returns[h])], atol=1e-6)
-    probs = legal / legal.sum(-1, keepdims=True)
+    probs = legal * np.arange(1, 1 + NUM_ACTIONS)
+    probs = probs / probs.sum(-1, keepdims=True)
     found = branches.true_advantages(returns[1], probs, action)
-    choices = legal.sum(-1)
-    assert np.allclose(found["policy"][0][:2], [0.02 * (1 - 1 / choices[0]), 0.04 * (1 - 1 / choices[1])], atol=1e-6)
+    digs, delivers = probs[0, DIG], probs[1, DELIVER]
+    assert np.allclose(found["policy"][0][:2], [0.02 * (1 - digs), 0.04 * (1 - delivers)], atol=1e-6)
     assert np.allclose(found["no_op"][0][:2], [0.02, 0.04], atol=1e-6)
-    assert np.allclose(found["still"][0][:2], [-0.02 / choices[0], -0.04 / choices[1]], atol=1e-6)
+    assert np.allclose(found["still"][0][:2], [-0.02 * digs, -0.04 * delivers], atol=1e-6)
     assert np.isnan(found["policy"][0][2:6]).all() and np.abs(found["policy"][1][:2]).max() < 1e-9
 
 
