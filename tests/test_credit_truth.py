@@ -23,6 +23,7 @@ import estimates  # noqa: E402
 import load  # noqa: E402
 
 GAMMA = 0.99
+KEYS = ("slope", "correlation", "rank", "noise", "signs")
 
 
 class Chance:
@@ -135,6 +136,7 @@ def table(rng, states=200, entities=5, error=0.0):
     }
     truth |= {"policy": 2 * rng.standard_normal(n), "policy_error": np.full(n, error), "action": np.ones(n, dtype=int)}
     truth |= {"living": rng.integers(3, 20, n), "long": np.full(n, np.nan), "still": np.zeros(n)}
+    truth |= {"near": truth["policy"], "near_error": truth["policy_error"]}
     return truth | {"no_op": truth["policy"], "no_op_error": truth["policy_error"]}
 
 
@@ -156,15 +158,13 @@ def test_an_oracle_gets_what_it_must():
     found = credit_truth.summary(parent, truth, [verdict(raw, raw / 7 + 1)])
     value, interval = found["all"]["value"], found["all"]["interval"]
     expected = {"slope": 0.5, "correlation": 0.1**0.5, "noise": 10**0.5 / 2, "signs": 0.5 + np.arctan(1 / 3) / np.pi}
-    expected |= {"correlation_normal": 0.1**0.5, "spread": 10**0.5 / 2}
+    expected |= {"correlation_normal": 0.1**0.5, "spread": 10**0.5 / 2, "rank": 6 / np.pi * np.arcsin(0.1**0.5 / 2)}
     for name, number in expected.items():
         low, high = interval[name]
         assert value[name] == pytest.approx(number, abs=0.12) and low < number < high and high - low < 0.5, name
     exact = credit_truth.summary(parent, truth, [verdict(truth["policy"])])
     for group in ("all", "light", "heavy", "factory", "against no-op"):
-        assert [exact[group]["value"][key] for key in ("slope", "correlation", "noise", "signs")] == pytest.approx(
-            [1, 1, 0, 1]
-        )
+        assert [exact[group]["value"][key] for key in KEYS] == pytest.approx([1, 1, 1, 0, 1])
     groups = credit_truth.groups_of(parent, truth)
     assert sum(rows.sum() for name, (rows, _) in groups.items() if name[:4] in ("few ", "some", "many")) == 1000
 
@@ -316,7 +316,16 @@ def test_what_comes_after_a_death_and_from_before_a_birth(played):
 
 # ---- the program
 
-FAST = {"states": 3, "seeds": 2, "steps": 4, "long_states": 1, "long_steps": 6, "rollouts": 1, "fits": 2}
+FAST = {
+    "states": 3,
+    "seeds": 2,
+    "steps": 4,
+    "near_steps": 2,
+    "long_states": 1,
+    "long_steps": 6,
+    "rollouts": 1,
+    "fits": 2,
+}
 FAST |= {"gap_events": 3, "seed": 0, "best": False, "script": None}
 
 

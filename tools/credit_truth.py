@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from branches import Games, branch_returns, true_advantages
 from estimates import ESTIMATORS, NO_CRITIC, ROOT, Estimator, deaths_and_births, fit, settings
+from scipy.stats import rankdata
 
 FORCED = 0.05  # how often a unit is made to stand still for the advantage gap
 CASES = 200  # deaths and births looked at, at most
 TABLE = {
-    **{"slope": "slope", "correlation": "correlation", "noise": "noise / truth", "signs": "right signs"},
-    **{"explained": "explained variance", "gap": "gap less placebo", "spread": "spread / truth's"},
-    **{"after_death": "paid after death", "before_birth": "paid by older ones"},
+    **{"correlation": "correlation", "rank": "of ranks", "slope": "slope", "noise": "noise / truth"},
+    **{"signs": "right signs", "explained": "explained variance", "gap": "gap less placebo"},
+    **{"spread": "spread / truth's", "after_death": "paid after death", "before_birth": "paid by older ones"},
 }
 COLOURS = {"light": "#6aaed6", "heavy": "#08306b", "factory": "#d95f02"}
 
@@ -42,16 +43,22 @@ def mean(x, weights):
 
 
 def measure(truth, estimate, known, weights):
-    """Slope, correlation, noise over truth, and share of right signs where `known`: all (n,), weights (..., n)."""
-    right = np.sign(truth) == np.sign(estimate)
-    truth, estimate = truth - truth.mean(), estimate - estimate.mean()
-    x, y = mean(truth, weights), mean(estimate, weights)
-    xx, yy = (np.maximum(mean(z**2, weights) - mean(z, weights) ** 2, 0) for z in (truth, estimate))
-    xy = mean(truth * estimate, weights) - x * y
+    """Slope, correlation, that of ranks, noise over truth, share of right signs where `known`; weights (..., n)."""
+    xx, yy, xy = moments(truth, estimate, weights)
+    ranks = moments(rankdata(truth), rankdata(estimate), weights)
     with np.errstate(divide="ignore", invalid="ignore"):
-        correlation = np.where(yy > 0, xy / np.sqrt(xx * yy), 0.0)
+        correlation, rank = (np.where(b > 0, ab / np.sqrt(a * b), 0.0) for a, b, ab in ((xx, yy, xy), ranks))
         noise = np.sqrt(np.maximum(xx + yy - 2 * xy, 0) / xx)
-        return {"slope": xy / xx, "correlation": correlation, "noise": noise, "signs": mean(right, weights * known)}
+        signs = mean(np.sign(truth) == np.sign(estimate), weights * known)
+        return {"slope": xy / xx, "correlation": correlation, "rank": rank, "noise": noise, "signs": signs}
+
+
+def moments(x, y, weights):
+    """Weighted variances of x and y (n,) and their covariance."""
+    x, y = x - x.mean(), y - y.mean()
+    a, b = mean(x, weights), mean(y, weights)
+    xx, yy = mean(x**2, weights) - a**2, mean(y**2, weights) - b**2
+    return np.maximum(xx, 0), np.maximum(yy, 0), mean(x * y, weights) - a * b
 
 
 def with_intervals(cluster, statistic, resamples=1000):
@@ -61,7 +68,8 @@ def with_intervals(cluster, statistic, resamples=1000):
     if len(names) < 3:  # too few to tell
         return {"value": value, "interval": dict.fromkeys(value, [np.nan, np.nan])}
     equal = np.full(len(names), 1 / len(names))
-    drawn = statistic(np.random.default_rng(0).multinomial(len(names), equal, size=resamples)[:, index])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        drawn = statistic(np.random.default_rng(0).multinomial(len(names), equal, size=resamples)[:, index])
     drawn = {name: x[np.isfinite(x)] for name, x in drawn.items()}
     found = {name: np.percentile(x, [2.5, 97.5]).tolist() if len(x) else [np.nan] * 2 for name, x in drawn.items()}
     return {"value": value, "interval": found}
@@ -81,7 +89,7 @@ def collect_truth(flags, agent, args, rollouts):
     rows, number = [], 0
     for r, rollout in enumerate(rollouts):
         for (t, b), env, obs, action in rollout["states"]:
-            horizons = (flags.steps, flags.long_steps) if number < flags.long_states else (flags.steps,)
+            horizons = (flags.steps, flags.near_steps) + (flags.long_steps,) * (number < flags.long_states)
             seeds = [[flags.seed, number, s] for s in range(flags.seeds)]
             returns = branch_returns(agent, env, obs, action, horizons, seeds, args.gamma)
             probs = rollout["seen"]["probs"][t, b].numpy()
@@ -92,8 +100,8 @@ def collect_truth(flags, agent, args, rollouts):
                 row |= {"action": int(action[slot]), "living": int((kind > 0).sum())}
                 for name in found[0]:
                     row |= {name: found[0][name][0][slot], f"{name}_error": found[0][name][1][slot]}
-                long = found[-1]["policy"] if len(found) > 1 else np.full((2, len(kind)), np.nan)
-                row |= {"long": long[0][slot], "long_error": long[1][slot]}
+                for name, one in zip(("near", "long"), [*found[1:], None][:2], strict=True):
+                    row[name], row[f"{name}_error"] = [x[slot] for x in one["policy"]] if one else (np.nan, np.nan)
                 rows.append(row)
             number += 1
             print(f"\rtruth: {number} states, {len(rows)} actions", end="", file=sys.stderr, flush=True)
@@ -117,7 +125,8 @@ def groups_of(script, truth):
     groups[f"few (to {low:.0f})"] = truth["living"] <= low, "policy"
     groups[f"some (to {high:.0f})"] = (truth["living"] > low) & (truth["living"] <= high), "policy"
     groups["many"] = truth["living"] > high, "policy"
-    groups |= {"against no-op": (truth["action"] != script.NO_OP, "no_op"), "long": (long, "long")}
+    groups |= {"against no-op": (truth["action"] != script.NO_OP, "no_op"), "near": (groups["all"][0], "near")}
+    groups["long"] = long, "long"
     groups["long's states"] = long, "policy"
     return {name: group for name, group in groups.items() if group[0].any()}
 
@@ -185,8 +194,7 @@ def summary(script, truth, fits):
 
     def spread(weights):
         true, *estimates = (mean(variance, weights) for variance in inner)
-        with np.errstate(invalid="ignore"):
-            return {"spread": np.sqrt(np.mean(estimates, 0) / np.where(true > error, true - error, np.nan))}
+        return {"spread": np.sqrt(np.mean(estimates, 0) / np.where(true > error, true - error, np.nan))}
 
     def gap(weights):
         stood, spared = ([mean(x, weights * (rows == one)) for x in gaps] for one in (1, 0))
@@ -228,12 +236,12 @@ def show(results, known):
     line(*["---"] * (1 + len(TABLE)))
     for name, groups in results.items():
         line(name, *(cell(groups, key) for key in TABLE))
-    print("\nSlope, correlation and noise by group of actions\n")
+    print("\nCorrelation, that of ranks, slope and noise by group of actions\n")
     line("", *known)
     line(*["---"] * (1 + len(known)))
     line("actions, ceiling", *(f"{one['actions']}, {one['ceiling']:.2f}" for one in known.values()))
     for name, groups in results.items():
-        keys = ("slope", "correlation", "noise")
+        keys = ("correlation", "rank", "slope", "noise")
         line(name, *(" ".join(f"{groups[group]['value'][key]:.2f}" for key in keys) for group in known))
 
 
@@ -355,6 +363,7 @@ if __name__ == "__main__":
         ("states", 40, "states, each on a map of its own, in which every entity's action is judged"),
         ("seeds", 24, "how often each branch is played on"),
         ("steps", 24, "how many steps the truth looks ahead"),
+        ("near-steps", 8, "how many it looks ahead for a truth with less chance in it"),
         ("long-states", 4, "states in which it looks further as well"),
         ("long-steps", 100, "how far"),
         ("rollouts", 60, "rollouts that critics are fitted on"),
