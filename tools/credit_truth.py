@@ -3,7 +3,7 @@
 The policy of a run is frozen. Truth (branches.py): an action's advantage is the team's discounted return
 over the next steps less its mean over the entity's policy, with each other action simulated in turn.
 Estimates (estimates.py): each training script's own functions, with a critic fitted from scratch, on the
-rollout in which the state came up; in units of the team's reward.
+rollout in which the state came up; in units of the team's reward. With the defaults some two hours of one core.
 The script beside the model is run as a program: measure only runs that you trust.
 
     python tools/credit_truth.py runs/NAME --json truth.json --picture truth.png
@@ -265,6 +265,7 @@ def draw(path, script, truth, results, estimates):
             axis.scatter(truth["policy"][chosen], estimate[chosen], s=7, color=colour, label=label, alpha=0.7)
         axis.set_title(f"{name}\ncorrelation {found['correlation']:.2f}, slope {found['slope']:.2f}", fontsize=9)
         axis.tick_params(labelsize=7)
+        axis.locator_params(axis="x", nbins=5)
     axes[0, 0].legend(fontsize=7)
     figure.supxlabel("true advantage of the action (simulated), in the team's reward", fontsize=9)
     figure.supylabel("the estimator's advantage (first fit)", fontsize=9)
@@ -366,9 +367,9 @@ if __name__ == "__main__":
         ("near-steps", 8, "how many it looks ahead for a truth with less chance in it"),
         ("long-states", 4, "states in which it looks further as well"),
         ("long-steps", 100, "how far"),
-        ("rollouts", 60, "rollouts that critics are fitted on"),
-        ("fits", 3, "critics of each estimator"),
-        ("gap-events", 3000, "units that are made to stand still"),
+        ("rollouts", 40, "rollouts that critics are fitted on"),
+        ("fits", 2, "critics of each estimator"),
+        ("gap-events", 1500, "units that are made to stand still"),
         ("seed", 0, "of everything that is drawn"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})", metavar="N")

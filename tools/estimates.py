@@ -127,19 +127,18 @@ class Estimator:
         said = look_at(self.script, self.agent, rollout)
         raw, returns, trajectories = credit(self.script, self.args, rollout["seen"], rollout["paid"], said)
         normal = self.script.normalize(raw, trajectories.choice)
-        if self.name == NO_CRITIC[1]:
-            raw = raw - self.script.masked_mean(raw, trajectories.choice)
+        self.mean = self.script.masked_mean(raw, trajectories.choice) if self.name == NO_CRITIC[1] else 0.0
         shape = rollout["paid"]["rewards"].shape
-        return (raw / self.scale).expand(shape), normal.expand(shape), returns, trajectories, said
+        return ((raw - self.mean) / self.scale).expand(shape), normal.expand(shape), returns, trajectories, said
 
     def without(self, rollout, said, b, erased):
-        """Raw advantages (T, K) of environment b had the rewards `erased` (T, K) not been paid."""
+        """Raw advantages (T, K) of environment b had the rewards `erased` (T, K) not been paid; after `advantages`."""
         seen = {key: value[:, b : b + 1] for key, value in rollout["seen"].items() if key != "planes"}
         paid = {key: value[:, b : b + 1].clone() for key, value in rollout["paid"].items()}
         for key in ("rewards", "differences"):
             paid[key][:, 0][erased] = 0
         raw, *_ = credit(self.script, self.args, seen, paid, {key: x[:, b : b + 1] for key, x in said.items()})
-        return (raw / self.scale).expand(paid["rewards"].shape)[:, 0]
+        return ((raw - self.mean) / self.scale).expand(paid["rewards"].shape)[:, 0]
 
 
 # ---- deaths and births
