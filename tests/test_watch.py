@@ -236,6 +236,25 @@ scenario().catch(error => errors.push(String(error))).finally(() => {
 """
 
 
+def browse(page, scenario, folder):
+    """What a scenario, a script at the page's end, has written into its element `result`."""
+    copy = folder / "page.html"
+    copy.write_text(page.read_text() + scenario)
+    quiet = ["disable-gpu", "disable-quic", "no-first-run", "disable-background-networking", "disable-component-update"]
+    flags = ["headless", "no-sandbox", *quiet, "disable-sync", f"user-data-dir={folder / 'profile'}"]
+    flags += ["window-size=1280,800", "enable-logging=stderr", "virtual-time-budget=20000", "dump-dom"]
+    command = [CHROMIUM, *(f"--{flag}" for flag in flags), copy.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    result = json.loads(re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.S)[1].replace("&gt;", ">"))
+    assert result["errors"] == []
+    return result
+
+
+def number(text):
+    return float(text.replace("\u2212", "-"))
+
+
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed")
 def test_the_page_in_a_browser(watched, tmp_path):
     data = recording(watched[1])
@@ -252,20 +271,8 @@ def test_the_page_in_a_browser(watched, tmp_path):
     entity, at = data["entities"][index], step - data["entities"][index]["born"]
     scenario = SCENARIO.replace("LATER", str(later)).replace("STEP", str(step + 1)).replace("SIZE", str(data["size"]))
     scenario = scenario.replace("X +", f"{tile // data['size']} +").replace("Y +", f"{tile % data['size']} +")
-    page = tmp_path / "page.html"
-    page.write_text(watched[1].read_text() + scenario)
-    quiet = ["disable-gpu", "disable-quic", "no-first-run", "disable-background-networking", "disable-component-update"]
-    flags = ["headless", "no-sandbox", *quiet, "disable-sync", f"user-data-dir={tmp_path / 'profile'}"]
-    flags += ["window-size=1280,800", "enable-logging=stderr", "virtual-time-budget=20000", "dump-dom"]
-    command = [CHROMIUM, *(f"--{flag}" for flag in flags), page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert "CONSOLE" not in done.stderr, done.stderr
-    result = json.loads(re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.S)[1].replace("&gt;", ">"))
-    assert result["errors"] == []
+    result = browse(watched[1], scenario, tmp_path)
     assert result["size"][:2] == [1280, 800] and result["size"][2] <= 800
-
-    def number(text):
-        return float(text.replace("\u2212", "-"))
 
     for numbers in (result["selected"], result["shared"]):
         assert numbers["name"] == entity["name"] and numbers["clock"].startswith(f"step {step} of {data['steps'] - 1}")
@@ -291,3 +298,78 @@ def test_the_page_in_a_browser(watched, tmp_path):
     assert 5 <= int(result["played"].split()[1]) <= 12
     assert result["end"].startswith(f"step {data['steps'] - 1} of")
     assert result["later"].startswith(f"step {later} of") and result["gone"] == sorted(gone[later])  # the living first
+
+
+# ---- the simulated truth
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """A page of 24 steps with the truth in three, and its replay; the same game without the truth."""
+    folder = tmp_path_factory.mktemp("judged")
+    run = make_run(folder / "run")
+    for name, flags in (("plain", ()), ("truth", ("--truth", 3, "--replay", folder / "replay.json"))):
+        done = tool("watch.py", run, "--steps", 24, *flags, "-o", folder / f"{name}.html")
+        assert done.returncode == 0, done.stderr
+    return run, folder
+
+
+def test_the_truth_in_a_recording(judged):
+    run, folder = judged
+    plain, data = (recording(folder / f"{name}.html") for name in ("plain", "truth"))
+    assert data["truths"] == [0, 8, 16] and plain["truths"] == []
+    script, args, agent = load.load(run)
+    env, generator = script.LuxEnv(args), torch.Generator().manual_seed(0)
+    obs, _ = env.reset(options={"map_seed": 0}, seed=0)
+    for _ in range(8):
+        obs = env.step(load.act(agent, obs, generator)[1].numpy())[0]
+    probs, action = load.act(agent, obs, generator)
+    expected = watch.quick_truth(agent, env, obs, action[0], probs[0], GAMMA)
+    told = 0
+    for entity, same in zip(data["entities"], plain["entities"], strict=True):
+        truth = entity.pop("truth")
+        assert same.pop("truth") == {} and entity == same  # the game went on as without it
+        for step in truth:
+            assert sum(p >= 0 for p in entity["probs"][int(step) - entity["born"]]) > 1
+        if "8" in truth:
+            assert truth["8"] == pytest.approx(expected[:, entity["slot"]], abs=1e-5)
+            told += 1
+    assert told == np.isfinite(expected[0]).sum() > 0
+    game = json.loads((folder / "replay.json").read_text())
+    assert len(game["actions"]) == 24 + 1 + 2  # what is tried is not in the replay
+
+
+SEEN = """
+<script>
+const result = { errors: [], truths: [] }
+window.onerror = message => { result.errors.push(String(message)) }
+async function scenario() {
+  await started
+  for (let step = 0; step < 24; step++)
+    for (let i = 0; i < data.entities.length; i++) {
+      state.step = step; choose(i)
+      const truth = document.getElementById("truth")
+      if (truth) result.truths.push([i, step, truth.textContent, document.getElementById("facts").textContent])
+    }
+}
+scenario().catch(error => result.errors.push(String(error))).finally(() => {
+  const textContent = JSON.stringify(result)
+  document.body.append(Object.assign(document.createElement("pre"), { id: "result", textContent }))
+})
+</script>
+"""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed")
+def test_the_page_says_the_truth_where_it_is_known(judged, tmp_path):
+    _, folder = judged
+    data, shown = recording(folder / "truth.html"), browse(folder / "truth.html", SEEN, tmp_path)["truths"]
+    known = {(i, int(t)): x for i, entity in enumerate(data["entities"]) for t, x in entity["truth"].items()}
+    assert known.keys() == {(i, step) for i, step, *_ in shown} and known
+    for i, step, text, facts in shown:
+        brings, error = known[i, step]
+        assert number(text) == pytest.approx(brings, abs=0.000051) and f"\u00b1 {error:.4f}"[:-1] in facts
+
+
+def test_the_truth_is_not_for_self_play(watched, tmp_path):
+    refused(tool("watch.py", watched[0], "--truth", 1, cwd=tmp_path), "trained in self-play")

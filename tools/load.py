@@ -1,6 +1,7 @@
 """A run's script and policy, for the programs in this folder: a model file is checked before it is used."""
 
 import importlib.util
+import inspect
 import os
 import stat
 import sys
@@ -126,6 +127,14 @@ def check_tensors(tensors, network, args, path):
             raise Refusal(f"{path}: the tensor {name} does not fit the settings: play it with the script that made it.")
         if not tensor.isfinite().all():
             raise Refusal(f"{path}: the tensor {name} is not finite: play an earlier model of the run, as best.pt.")
+
+
+def call(function, known):
+    """Call a script's function with what its parameters are named after, since scripts differ in these."""
+    names = inspect.signature(function).parameters
+    if missing := [name for name in names if name not in known]:
+        raise Refusal(f"{function.__name__} of this script needs {missing[0]!r}, which this tool has not.")
+    return function(**{name: known[name] for name in names})
 
 
 def act(agent, obs, generator, greedy=False):

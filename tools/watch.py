@@ -11,7 +11,6 @@ The script beside the model is run as a program: watch only runs that you trust.
 import argparse
 import base64
 import gzip
-import inspect
 import json
 import sys
 from collections import defaultdict
@@ -21,6 +20,8 @@ from pathlib import Path
 import load
 import numpy as np
 import torch
+from branches import QUICK, quick_truth
+from load import call
 from PIL import Image, ImageColor, ImageDraw
 from replay import Tape
 
@@ -31,18 +32,10 @@ ACTIONS = (  # the scripts' names of what units and factories do
 APART = {"slot", "id", "kind", "queued", "pos"}  # what a row of a View holds beside stocks
 
 
-def call(function, known):
-    """Call a script's function with what its parameters are named after, since scripts differ in these."""
-    names = inspect.signature(function).parameters
-    if missing := [name for name in names if name not in known]:
-        raise load.Refusal(f"{function.__name__} of this script needs {missing[0]!r}, which tools/watch.py has not.")
-    return function(**{name: known[name] for name in names})
-
-
 # ---- playing
 
 
-def play(script, args, agent, map_seed, steps, tape):
+def play(script, args, agent, map_seed, steps, tape, truths=0):
     """One game, the same as in tools/evaluate.py: a dictionary per step, and the rollout of the first side."""
     env, frames, rollout, over = script.LuxEnv(args), [], defaultdict(list), False
     tape = Tape(env.engine) if tape else None
@@ -61,6 +54,8 @@ def play(script, args, agent, map_seed, steps, tape):
             rollout[key].append(torch.from_numpy(obs[key][:1]))
         view, mask, symmetry = env.views[0], env.masks[0], env.symmetry
         probs, action = load.act(agent, obs, generator)
+        due = truths and len(frames) % -(-steps // truths) == 0
+        truth = quick_truth(agent, env, obs, action[0], probs[0], args.gamma) if due else None
         # from the directions that the network saw to the map's
         units, probs, chosen = slice(args.max_units), probs[0].numpy().copy(), action[0].numpy().copy()
         chosen[units] = script.TURNED_BACK[symmetry][chosen[units]]
@@ -69,7 +64,7 @@ def play(script, args, agent, map_seed, steps, tape):
         for key in obs.keys() - seen:  # of the step before: reward, done ...
             rollout[f"{key}s"].append(torch.from_numpy(obs[key][:1]).float())
         percent = np.where(mask, np.rint(100 * probs), -1).astype(int)  # -1: masked
-        frame = {"view": view, "percent": percent, "action": chosen, "meters": env.engine.meters}
+        frame = {"view": view, "percent": percent, "action": chosen, "meters": env.engine.meters, "truth": truth}
         lost = obs["done"][0].astype(bool) & (not over)
         frames.append(frame | {"ice": int(env.stats[0]["ice_transferred"]), "lost": lost})
     note_values()
@@ -110,13 +105,15 @@ def entities(script, frames, columns):
         for row in (*view.units, *view.factories):
             slot, stocks = int(row["slot"]), [name for name in row.dtype.names if name not in APART]
             name, kind = view.ids[slot], int(row["kind"]) if "kind" in row.dtype.names else script.FACTORY
-            new = {"kind": kind, "slot": slot, "born": t, "did": {}, "stock": {key: [] for key in stocks}}
+            new = {"kind": kind, "slot": slot, "born": t, "did": {}, "truth": {}, "stock": {key: [] for key in stocks}}
             new |= {key: [] for key in ("tile", "action", "probs", *columns)}
             entity = ours.setdefault(name, new)
             entity["tile"].append(int(row["pos"] @ (view.size, 1)))
             entity["action"].append(int(frame["action"][slot]))
             entity["probs"].append(frame["percent"][slot].tolist())
             entity["lost"] = bool(frame["lost"][slot])
+            if frame["truth"] is not None and np.isfinite(frame["truth"][0, slot]):
+                entity["truth"][t] = [round(float(x), 5) for x in frame["truth"][:, slot]]
             for key in stocks:
                 entity["stock"][key].append(int(row[key]))
             for key, column in columns.items():
@@ -205,8 +202,10 @@ def watch(flags):
     output = flags.output or Path(f"{flags.run.stem}-{flags.map_seed}.html")
     load.refuse_taken(output, flags.gif, flags.replay)
     script, args, agent = load.load(flags.run, flags.best, flags.script, flags.map_size)
-    if not 0 <= flags.map_seed < script.NUM_EVAL_MAPS or flags.steps < 1:
-        raise load.Refusal(f"--map-seed must be from 0 to {script.NUM_EVAL_MAPS - 1}, --steps at least 1.")
+    if not 0 <= flags.map_seed < script.NUM_EVAL_MAPS or flags.steps < 1 or flags.truth < 0:
+        raise load.Refusal(f"--map-seed must be from 0 to {script.NUM_EVAL_MAPS - 1}, --steps at least 1, --truth 0.")
+    if flags.truth and args.opponent == "self":
+        raise load.Refusal(f"{flags.run} was trained in self-play: --truth is for the idle opponent only.")
     parts = {name: script for name in ("group_index", "separate_trajectories", "compute_gae", "normalize")}
     for name, part in {**parts, "get_value": agent}.items():
         if not hasattr(part, name):
@@ -214,7 +213,7 @@ def watch(flags):
     if hasattr(script, "dist"):  # it averages over several processes; here it is the only one
         script.dist.init_process_group("gloo", store=script.dist.HashStore(), rank=0, world_size=1)
     try:
-        frames, rollout, rules, tape = play(script, args, agent, flags.map_seed, flags.steps, flags.replay)
+        frames, rollout, rules, tape = play(script, args, agent, flags.map_seed, flags.steps, flags.replay, flags.truth)
     except script.Refusal as error:
         raise load.Refusal(str(error)) from None
     columns = credit(script, args, rollout)
@@ -225,6 +224,7 @@ def watch(flags):
     labels = [{getattr(script, name): name.lower().replace("_", " ") for name in kind} for kind in ACTIONS]
     content = {"run": flags.run.stem, "script": script.__doc__.splitlines()[0], "map_seed": flags.map_seed}
     content |= {"size": view.size, "steps": len(frames), "cycle": rules.CYCLE_LENGTH, "day": rules.DAY_LENGTH}
+    content |= {"truths": [t for t, frame in enumerate(frames) if frame["truth"] is not None], "look": QUICK[0]}
     content |= {"rubble": boards[0]["rubble"].ravel().tolist(), "lichen_changes": changes(lichen), "labels": labels}
     content |= {f"{name}_tiles": np.flatnonzero(boards[0][name]).tolist() for name in ("ice", "ore")}
     content |= {"rubble_changes": changes([board["rubble"] for board in boards]), "entities": ours, "theirs": theirs}
@@ -248,6 +248,8 @@ if __name__ == "__main__":
     parser.add_argument("--map-seed", type=int, default=0, help="which evaluation map (default: 0)", metavar="N")
     parser.add_argument("--map-size", type=int, help="another map size than the run's", metavar="N")
     parser.add_argument("--steps", type=int, default=1000, help="stop after so many steps", metavar="N")
+    text = "simulate in N states what each action really brings (some 10 seconds a state)"
+    parser.add_argument("--truth", type=int, default=0, help=text, metavar="N")
     parser.add_argument("-o", "--output", type=Path, help="the page (default: NAME-MAP.html)", metavar="FILE.html")
     parser.add_argument("--gif", type=Path, help="the map alone as well, every tenth step", metavar="FILE")
     parser.add_argument("--replay", type=Path, help="the official replay format as well", metavar="FILE.json")

@@ -1,0 +1,383 @@
+"""Whose credit is right? Every estimator's advantages against the simulated effect of the actions.
+
+The policy of a run is frozen. Truth (branches.py): an action's advantage is the team's discounted return
+over the next steps less its mean over the entity's policy, with each other action simulated in turn.
+Estimates (estimates.py): each training script's own functions, with a critic fitted from scratch, on the
+rollout in which the state came up; in units of the team's reward. With the defaults some two hours of one core.
+The script beside the model is run as a program: measure only runs that you trust.
+
+    python tools/credit_truth.py runs/NAME --json truth.json --picture truth.png
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import load
+import numpy as np
+import torch
+from branches import Games, branch_returns, true_advantages
+from estimates import ESTIMATORS, NO_CRITIC, ROOT, Estimator, deaths_and_births, fit, settings
+from scipy.stats import rankdata
+
+FORCED = 0.05  # how often a unit is made to stand still for the advantage gap
+CASES = 200  # deaths and births looked at, at most
+TABLE = {
+    **{"correlation": "correlation", "rank": "of ranks", "slope": "slope", "noise": "noise / truth"},
+    **{"signs": "right signs", "explained": "explained variance", "gap": "gap less placebo"},
+    **{"spread": "spread / truth's", "after_death": "paid after death", "before_birth": "paid by older ones"},
+}
+COLOURS = {"light": "#6aaed6", "heavy": "#08306b", "factory": "#d95f02"}
+
+
+# ---- measures
+
+
+def mean(x, weights):
+    """The weighted mean of x (n,), weights (..., n): (...); NaN where nothing weighs."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return weights @ x / weights.sum(-1)
+
+
+def measure(truth, estimate, known, weights):
+    """Slope, correlation, that of ranks, noise over truth, share of right signs where `known`; weights (..., n)."""
+    xx, yy, xy = moments(truth, estimate, weights)
+    ranks = moments(rankdata(truth), rankdata(estimate), weights)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        correlation, rank = (np.where(b > 0, ab / np.sqrt(a * b), 0.0) for a, b, ab in ((xx, yy, xy), ranks))
+        noise = np.sqrt(np.maximum(xx + yy - 2 * xy, 0) / xx)
+        signs = mean(np.sign(truth) == np.sign(estimate), weights * known)
+        return {"slope": xy / xx, "correlation": correlation, "rank": rank, "noise": noise, "signs": signs}
+
+
+def moments(x, y, weights):
+    """Weighted variances of x and y (n,) and their covariance."""
+    x, y = x - x.mean(), y - y.mean()
+    a, b = mean(x, weights), mean(y, weights)
+    xx, yy = mean(x**2, weights) - a**2, mean(y**2, weights) - b**2
+    return np.maximum(xx, 0), np.maximum(yy, 0), mean(x * y, weights) - a * b
+
+
+def with_intervals(cluster, statistic, resamples=1000):
+    """The numbers of statistic(weights) for all rows alike, and 95% intervals: whole clusters (n,) are drawn anew."""
+    names, index = np.unique(cluster, return_inverse=True)
+    value = {name: float(x[0]) for name, x in statistic(np.ones((1, len(cluster)))).items()}
+    if len(names) < 3:  # too few to tell
+        return {"value": value, "interval": dict.fromkeys(value, [np.nan, np.nan])}
+    equal = np.full(len(names), 1 / len(names))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        drawn = statistic(np.random.default_rng(0).multinomial(len(names), equal, size=resamples)[:, index])
+    drawn = {name: x[np.isfinite(x)] for name, x in drawn.items()}
+    found = {name: np.percentile(x, [2.5, 97.5]).tolist() if len(x) else [np.nan] * 2 for name, x in drawn.items()}
+    return {"value": value, "interval": found}
+
+
+def within_steps(state, x):
+    """The variance of x (n,) among the entities of each state that has two or more: (states,)."""
+    several = [x[state == name] for name in np.unique(state)]
+    return np.array([np.var(some, ddof=1) for some in several if len(some) > 1])
+
+
+# ---- the whole measurement
+
+
+def collect_truth(flags, agent, args, rollouts):
+    """One row for each entity with a choice in each kept state: a dictionary of arrays (n,)."""
+    rows, number = [], 0
+    for r, rollout in enumerate(rollouts):
+        for (t, b), env, obs, action in rollout["states"]:
+            horizons = (flags.steps, flags.near_steps) + (flags.long_steps,) * (number < flags.long_states)
+            seeds = [[flags.seed, number, s] for s in range(flags.seeds)]
+            returns = branch_returns(agent, env, obs, action, horizons, seeds, args.gamma)
+            probs = rollout["seen"]["probs"][t, b].numpy()
+            found = [true_advantages(one, probs, action.numpy()) for one in returns]
+            kind, free = obs["kind"][0], obs["action_mask"][0].sum(-1) > 1
+            for slot in np.flatnonzero(free):
+                row = {"state": number, "rollout": r, "t": t, "b": b, "slot": int(slot), "kind": int(kind[slot])}
+                row |= {"action": int(action[slot]), "living": int((kind > 0).sum())}
+                for name in found[0]:
+                    row |= {name: found[0][name][0][slot], f"{name}_error": found[0][name][1][slot]}
+                for name, one in zip(("near", "long"), [*found[1:], None][:2], strict=True):
+                    row[name], row[f"{name}_error"] = [x[slot] for x in one["policy"]] if one else (np.nan, np.nan)
+                rows.append(row)
+            number += 1
+            print(f"\rtruth: {number} states, {len(rows)} actions", end="", file=sys.stderr, flush=True)
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+
+def quality(error, truth):
+    """Of a truth (n,): its spread, the mean of its errors, its reliability and the highest correlation it allows."""
+    reliability = max(0.0, 1 - np.mean(error**2) / np.var(truth)) if np.var(truth) else 0.0
+    numbers = {"actions": len(truth), "std": np.std(truth), "error": np.sqrt(np.mean(error**2))}
+    return numbers | {"reliability": reliability, "ceiling": reliability**0.5}
+
+
+def groups_of(script, truth):
+    """Which rows each row of the tables is over, and the truth that it takes: {name: (rows, name of the truth)}."""
+    low, high = np.quantile(truth["living"], (1 / 3, 2 / 3))
+    long = np.isfinite(truth["long"])
+    groups = {"all": (np.full(len(long), True), "policy")}
+    for name in ("light", "heavy", "factory"):
+        groups[name] = truth["kind"] == getattr(script, name.upper()), "policy"
+    groups[f"few (to {low:.0f})"] = truth["living"] <= low, "policy"
+    groups[f"some (to {high:.0f})"] = (truth["living"] > low) & (truth["living"] <= high), "policy"
+    groups["many"] = truth["living"] > high, "policy"
+    groups |= {"against no-op": (truth["action"] != script.NO_OP, "no_op"), "near": (groups["all"][0], "near")}
+    groups["long"] = long, "long"
+    groups["long's states"] = long, "policy"
+    return {name: group for name, group in groups.items() if group[0].any()}
+
+
+def true_gap(script, truth):
+    """The advantage gap by the truth: what the others' actions bring less what standing still would bring."""
+    gaps, unit = [], truth["kind"] < script.FACTORY
+    for n in np.flatnonzero((truth["action"] != script.NO_OP) & unit):
+        others = (truth["state"] == truth["state"][n]) & unit
+        others[n] = False
+        if others.any():
+            gaps.append((truth["policy"][others].mean() - truth["still"][n], truth["state"][n]))
+    gap, state = np.array(gaps).reshape(-1, 2).T
+    return with_intervals(state, lambda weights: {"gap": mean(gap, weights)})
+
+
+def judge(estimator, truth, fresh, forced, cases):
+    """What one fit of an estimator says: estimates at the truth's rows, explained variance, gaps and faults."""
+    script, found = estimator.script, {"raw": np.zeros(len(truth["t"])), "normal": np.zeros(len(truth["t"]))}
+    errors, targets, gaps, parts = [], [], [], {"after_death": [], "before_birth": []}
+    for r, rollout in enumerate((*fresh, *forced)):
+        raw, normal, returns, trajectories, said = estimator.advantages(rollout)
+        if r < len(fresh):
+            at = np.flatnonzero(truth["rollout"] == r)
+            where = tuple(truth[name][at] for name in ("t", "b", "slot"))
+            found["raw"][at], found["normal"][at] = raw[where].numpy(), normal[where].numpy()
+            targets.append(returns[trajectories.active])
+            errors.append((returns - trajectories.values)[trajectories.active])
+        unit = (rollout["seen"]["kind"][:-1] < script.FACTORY) & (rollout["seen"]["action_mask"][:-1].sum(-1) > 1)
+        for name in ("stood", "spared"):
+            for t, b, slot in rollout[name]:
+                others = unit[t, b].clone()
+                others[slot] = False
+                if others.any():
+                    gap = [(x[t, b, others].mean() - x[t, b, slot]).item() for x in (raw, normal)]
+                    gaps.append((name == "stood", r // 8 * 1000 + b, *gap))
+        for name, (b, slot, cells, erased) in cases[r]:
+            part = (raw[:, b] - estimator.without(rollout, said, b, erased))[cells, slot].abs().sum()
+            parts[name].append((part.item(), raw[cells, b, slot].abs().sum().item()))
+    found |= {"errors": torch.cat(errors), "targets": torch.cat(targets), "gaps": np.array(gaps).reshape(-1, 4)}
+    return found | {"parts": parts}
+
+
+def summary(script, truth, fits):
+    """An estimator's numbers in the mean over its fits, with intervals over states (or games) and by group."""
+    result = {}
+    for name, (chosen, which) in groups_of(script, truth).items():
+        true = truth[which][chosen]
+        known = np.abs(true) > np.maximum(2 * truth[f"{which}_error"][chosen], 1e-9)
+        raw, normal = ([one[key][chosen] for one in fits] for key in ("raw", "normal"))
+
+        def statistic(weights, true=true, known=known, raw=raw, normal=normal):
+            several = [measure(true, x, known, weights) for x in raw]
+            found = {key: np.mean([one[key] for one in several], 0) for key in several[0]}
+            several = [measure(true, x, known, weights)["correlation"] for x in normal]
+            return found | {"correlation_normal": np.mean(several, 0)}
+
+        result[name] = with_intervals(truth["state"][chosen], statistic)
+        everything = np.ones(len(true))
+        result[name]["fits"] = [measure(true, x, known, everything) for x in raw]
+    found, error = result["all"], np.mean(truth["policy_error"] ** 2)  # which widens the truth's spread
+    inner = [within_steps(truth["state"], x) for x in (truth["policy"], *(one["raw"] for one in fits))]
+    rows, cluster = fits[0]["gaps"][:, :2].T
+    gaps = np.mean([one["gaps"][:, 2:] for one in fits], 0).T  # (raw and normalised, n)
+
+    def spread(weights):
+        true, *estimates = (mean(variance, weights) for variance in inner)
+        return {"spread": np.sqrt(np.mean(estimates, 0) / np.where(true > error, true - error, np.nan))}
+
+    def gap(weights):
+        stood, spared = ([mean(x, weights * (rows == one)) for x in gaps] for one in (1, 0))
+        return {
+            "gap_raw": stood[0] - spared[0],
+            "gap_seen": stood[1],
+            "placebo": spared[1],
+            "gap": stood[1] - spared[1],
+        }
+
+    several = [with_intervals(np.arange(len(inner[0])), spread), with_intervals(cluster, gap)]
+    for name in ("after_death", "before_birth"):
+        part, whole = np.sum([np.array(one["parts"][name]).reshape(-1, 2) for one in fits], 0).T
+
+        def share(weights, name=name, part=part, whole=whole):
+            return {name: mean(part, weights) / np.where(mean(whole, weights) > 0, mean(whole, weights), np.nan)}
+
+        several.append(with_intervals(np.arange(len(part)), share))
+        found[f"{name}_cases"] = len(part)
+    for more in several:
+        found["value"] |= more["value"]
+        found["interval"] |= more["interval"]
+    found["explained_fits"] = [(1 - one["errors"].var() / one["targets"].var()).item() for one in fits]
+    found["value"]["explained"] = np.mean(found["explained_fits"])
+    return result
+
+
+def show(results, known):
+    """Two tables in Markdown, to stdout: all numbers with their intervals, and some of them by group."""
+
+    def line(*cells):
+        print("| " + " | ".join(cells) + " |")
+
+    def cell(groups, key):
+        low, high = groups["all"]["interval"].get(key, (np.nan, np.nan))
+        return f"{groups['all']['value'][key]:.2f}" + (f" ({low:.2f}, {high:.2f})" if np.isfinite(low) else "")
+
+    line("", *TABLE.values())
+    line(*["---"] * (1 + len(TABLE)))
+    for name, groups in results.items():
+        line(name, *(cell(groups, key) for key in TABLE))
+    print("\nCorrelation, that of ranks, slope and noise by group of actions\n")
+    line("", *known)
+    line(*["---"] * (1 + len(known)))
+    line("actions, ceiling", *(f"{one['actions']}, {one['ceiling']:.2f}" for one in known.values()))
+    for name, groups in results.items():
+        keys = ("correlation", "rank", "slope", "noise")
+        line(name, *(" ".join(f"{groups[group]['value'][key]:.2f}" for key in keys) for group in known))
+
+
+def draw(path, script, truth, results, estimates):
+    """Truth across, estimate up, a panel an estimator; the grey line is where they are equal."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns, rows = 4, -(-len(results) // 4)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 2.9 * rows), sharex=True, squeeze=False)
+    wide = np.abs(truth["policy"]).max() * 1.05
+    for axis in axes.flat[len(results) :]:
+        axis.axis("off")
+    for axis, (name, groups) in zip(axes.flat, results.items(), strict=False):
+        estimate, found = estimates[name]["raw"][0], groups["all"]["value"]
+        axis.plot([-wide, wide], [-wide, wide], color="0.7", linewidth=1)
+        for label, colour in COLOURS.items():
+            chosen = truth["kind"] == getattr(script, label.upper())
+            axis.scatter(truth["policy"][chosen], estimate[chosen], s=7, color=colour, label=label, alpha=0.7)
+        axis.set_title(f"{name}\ncorrelation {found['correlation']:.2f}, slope {found['slope']:.2f}", fontsize=9)
+        axis.tick_params(labelsize=7)
+        axis.locator_params(axis="x", nbins=5)
+    axes[0, 0].legend(fontsize=7)
+    figure.supxlabel("true advantage of the action (simulated), in the team's reward", fontsize=9)
+    figure.supylabel("the estimator's advantage (first fit)", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def plain(x):
+    """Numbers and arrays as JSON has them; NaN becomes null."""
+    x = x.tolist() if isinstance(x, (np.ndarray, np.generic)) else x
+    if isinstance(x, dict):
+        return {key: plain(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [plain(value) for value in x]
+    if isinstance(x, float):
+        return round(x, 6) if np.isfinite(x) else None
+    return str(x) if isinstance(x, Path) else x
+
+
+def credit_truth(flags):
+    load.refuse_taken(flags.json, flags.picture)
+    script, args, agent = load.load(flags.run, flags.best, flags.script)
+    numbers = {name: value for name, value in vars(flags).items() if type(value) is int}
+    least = {"long_states": 0, "long_steps": flags.steps, "seeds": 2, "seed": 0}
+    for name, value in numbers.items():
+        if not least.get(name, 1) <= value <= 10**6:
+            raise load.Refusal(f"--{name.replace('_', '-')} must be from {least.get(name, 1)} to 1000000, got {value}.")
+    if args.opponent != "idle":
+        raise load.Refusal(f"{flags.run} was trained in self-play: the truth is for the idle opponent only.")
+    torch.set_num_threads(1)
+    files = {file: load.import_script(ROOT / file) for file, _ in ESTIMATORS.values()}
+    game, start, seconds = files["ablations/difference_lux.py"], time.time(), {}
+    game_args = settings(game, args, {})
+
+    def say(stage, text):
+        seconds[stage] = time.time() - start
+        print(f"{seconds[stage]:7.0f} s  {stage}: {text}", file=sys.stderr, flush=True)
+
+    def games(part):
+        found = Games(game, game_args, agent, 10000 * flags.seed + part)
+        found.scatter(game.EPISODE_STEPS)
+        return found
+
+    playing, steps, envs = games(0), args.num_steps, args.num_envs
+    train = [playing.rollout(steps) for _ in range(flags.rollouts)]
+    say("rollouts", f"{len(train)} to fit critics on")
+    fresh, forced, events = [], [], 0
+    for r in range(-(-flags.states // envs)):  # every state from a game, hence a map, of its own
+        playing, count = games(1 + r), min(envs, flags.states - r * envs)
+        fresh.append(playing.rollout(steps, kept=[(int(playing.rng.integers(steps)), b) for b in range(count)]))
+    playing = games(9999)
+    while events < flags.gap_events and len(forced) * steps * envs * FORCED < 5 * flags.gap_events:
+        forced.append(playing.rollout(steps, FORCED))
+        events += len(forced[-1]["stood"])
+    say("fresh rollouts", f"{len(fresh)} for the truth, {len(forced)} with {events} units made to stand still")
+    truth = collect_truth(flags, agent, args, fresh)
+    groups = groups_of(script, truth)
+    known = {n: quality(truth[f"{which}_error"][rows], truth[which][rows]) for n, (rows, which) in groups.items()}
+    say("truth", f"{len(truth['t'])} actions in {flags.states} states, ceiling {known['all']['ceiling']:.2f}")
+    cases = [[] for _ in (*fresh, *forced)]  # by rollout
+    found = [deaths_and_births(script, rollout) for rollout in (*fresh, *forced)]
+    for name in ("after_death", "before_birth"):
+        every = [(r, case) for r, one in enumerate(found) for case in one[name]]
+        for i in np.random.default_rng(flags.seed).permutation(len(every))[:CASES]:
+            cases[every[i][0]].append((name, every[i][1]))
+    results, estimates = {}, {}
+    for name, (file, changed) in ESTIMATORS.items():
+        its_args, fits = settings(files[file], args, changed), []
+        for seed in range(1 if name in NO_CRITIC else flags.fits):
+            critic = None if name in NO_CRITIC else fit(files[file], its_args, train, seed)
+            fits.append(judge(Estimator(name, files[file], its_args, critic), truth, fresh, forced, cases))
+        results[name] = summary(script, truth, fits)
+        estimates[name] = {key: [one[key] for one in fits] for key in ("raw", "normal")}
+        say(name, f"{len(fits)} fits, correlation {results[name]['all']['value']['correlation']:.2f}")
+    print(f"{flags.run}: {len(truth['t'])} actions in {flags.states} states, {events} units made to stand still")
+    spread, error = known["all"]["std"], known["all"]["error"]
+    print(f"truth over {flags.steps} steps: standard deviation {spread:.4f}, error {error:.4f}")
+    gap = true_gap(script, truth)
+    print("its advantage gap: {:.4f} ({:.4f}, {:.4f})\n".format(gap["value"]["gap"], *gap["interval"]["gap"]))
+    show(results, known)
+    if flags.json:
+        content = {"run": flags.run, "flags": {key: value for key, value in vars(flags).items() if key != "run"}}
+        content |= {"args": asdict(args), "seconds": seconds, "events": events, "quality": known, "true_gap": gap}
+        content |= {"truth": truth, "estimators": results, "estimates": estimates}
+        with open(flags.json, "x") as file:
+            json.dump(plain(content), file)
+    if flags.picture:
+        draw(flags.picture, script, truth, results, estimates)
+
+
+if __name__ == "__main__":
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    load.add_arguments(parser)
+    for name, default, text in (
+        ("states", 40, "states, each on a map of its own, in which every entity's action is judged"),
+        ("seeds", 24, "how often each branch is played on"),
+        ("steps", 24, "how many steps the truth looks ahead"),
+        ("near-steps", 8, "how many it looks ahead for a truth with less chance in it"),
+        ("long-states", 4, "states in which it looks further as well"),
+        ("long-steps", 100, "how far"),
+        ("rollouts", 40, "rollouts that critics are fitted on"),
+        ("fits", 2, "critics of each estimator"),
+        ("gap-events", 1500, "units that are made to stand still"),
+        ("seed", 0, "of everything that is drawn"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})", metavar="N")
+    parser.add_argument("--json", type=Path, help="write all numbers", metavar="FILE")
+    parser.add_argument("--picture", type=Path, help="draw truth and estimates", metavar="FILE.png")
+    try:
+        credit_truth(parser.parse_args())
+    except (load.Refusal, OSError) as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
