@@ -1,4 +1,19 @@
-"""Trajectory separation on a mix of tasks, in one file.
+"""Trajectory separation for a mix of tasks, with a policy that is told the class of its trajectory (TRAMA), in one file.
+
+"Trajectory-Class-Aware Multi-Agent Reinforcement Learning" (Na, Lee, Moon, ICLR 2025, arXiv 2503.01440),
+put on separated PPO in place of QPLEX. Games come from several `--tasks`; nobody is told which.
+- A VQ-VAE learns codes of states; the coverage loss gives each step of each class a share of them, J(t, k).
+- A trajectory of the team is the mean of its codes. K-means sorts these into `--num-classes` classes; each
+  clustering starts from the last one's centroids, so that a class keeps its number.
+- Each entity predicts the class from its own surroundings, with a memory, and is judged by that clustering.
+- What it predicts, sampled at every step, becomes a vector that is added in the last convolution of actor
+  and critic, through a matrix that starts at zero: until it learns, the policy is the parent's.
+
+`--class-source task` tells the task itself (an upper bound), `uniform` a class by chance (what a class
+that says nothing does). With `--num-classes 1` the curve is the parent's to the digit, and with the
+default, `--tasks mix`, so are the games. The formulas are those of the authors' repository,
+aailab-kaist/TRAMA; ablations/TRAMA.md says what differs. `ppo_trajsep_lux.py` is the parent; lines that
+say "Differs" or "Added" mark what is not the same.
 
 GPU, the paper's setting:   python ablations/trama_lux.py --tasks cave mountain mountain-lean
 CPU, a run of minutes:      python ablations/trama_lux.py --tasks cave mountain mountain-lean --small
@@ -33,6 +48,9 @@ import tyro
 from filelock import FileLock, Timeout
 from luxai_s2.config import EnvConfig
 from luxai_s2_fast import LuxAI_S2  # or luxai_s2.env: the same game, slower
+
+# Added to ppo_trajsep_lux: classes
+from scipy.cluster.vq import kmeans2
 from scipy.ndimage import gaussian_filter
 from torch.distributions.categorical import Categorical
 from torch.utils.tensorboard import SummaryWriter
@@ -99,6 +117,15 @@ class Args:
     # Trajectory separation
     num_groups: int = 0
     """0: every unit has a trajectory of its own; N: units share N trajectories, by unit id modulo N"""
+    # Added to ppo_trajsep_lux: classes
+    num_classes: int = 4
+    """classes of trajectories; 1: the policy is told of none"""
+    # Added to ppo_trajsep_lux: classes
+    class_source: Literal["predictor", "task", "uniform"] = "predictor"
+    """where an entity's class comes from: its predictor, the task, or chance"""
+    # Added to ppo_trajsep_lux: classes
+    coverage: Literal["tk", "t", "none"] = "tk"
+    """which codes the coverage loss draws to a state: those of its step and class, of its step, or none"""
 
     # The network
     channels: int = 56
@@ -188,6 +215,12 @@ def check_args(args):
 # stores that flag at t + 1.)
 
 EMPTY, LIGHT, HEAVY, FACTORY = range(4)  # kind of entity in a slot
+# Added to ppo_trajsep_lux: classes; of a team's trajectory count its first steps, and of these every eighth
+HORIZON, STRIDE, NUM_POINTS = 160, 8, 20
+# Added to ppo_trajsep_lux: numbers in a state (the planes but the clock's), in a code, codes, a memory's and a guide's
+STATE_SIZE, CODE_SIZE, NUM_CODES, WIDTH = 16, 4, 256, 32
+# Added to ppo_trajsep_lux: trajectories that are kept; iterations from one clustering to the next
+NUM_STORED, CLUSTER_EVERY = 256, 8
 
 
 def group_index(unit_id, max_units, num_groups):
@@ -279,6 +312,109 @@ def value_loss(newvalue, values, returns, mask, clip_coef=None):
     return 0.5 * masked_mean(v_loss, mask)
 
 
+# Added to ppo_trajsep_lux: classes
+def coverage_sets(num_codes, num_classes, num_points):
+    """J(t, k), the codes that are for step t of class k: bool (num_points, num_classes, num_codes)."""
+    own, code, step = num_codes // num_classes, torch.arange(num_codes), torch.arange(num_points)[:, None, None]
+    first, end = (own * torch.arange(num_classes)[:, None] + own * t // num_points for t in (step, step + 1))
+    return (code >= first) & (code < torch.maximum(end, first + 1))  # at least one
+
+
+# Added to ppo_trajsep_lux: classes
+def vq_losses(z, codes, decoder, states, valid, cover):
+    """Weighted losses (4,), means over `valid` (N, T), of z (N, T, d) for states (N, T, S); J is `cover` (N, T, n)."""
+    distance = ((z.detach()[..., None, :] - codes) ** 2).sum(-1)  # (N, T, n), moves the codes alone
+    nearest, index = distance.min(-1)
+    code = codes[index].detach()
+    error = (decoder(z + (code - z).detach()) - states).pow(2).mean(-1)  # the gradient at the code goes to z
+    coverage = (distance * cover).sum(-1) / cover.sum(-1).clamp(min=1)
+    terms = error, 0.25 * nearest, 0.125 * (z - code).pow(2).sum(-1), 0.125 * coverage
+    return torch.stack([masked_mean(term, valid) for term in terms])
+
+
+# Added to ppo_trajsep_lux: classes
+def embed(z, codes, valid):
+    """The mean of the codes of the `valid` (N, T) encoded states z (N, T, d): (N, d); and their numbers: (N, T)."""
+    index = torch.cdist(z, codes).argmin(-1)
+    return (codes[index] * valid[..., None]).sum(1) / valid.sum(1, keepdim=True).clamp(min=1), index
+
+
+# Added to ppo_trajsep_lux: classes
+def k_means(points, centroids, num_classes, rng):
+    """Centroids (n, d) and labels (N,), going on from the last centroids; without these, the best of ten starts."""
+    start, how, tries = (num_classes, "++", 10) if centroids is None else (centroids, "matrix", 1)
+    found = [kmeans2(points, start, 50, minit=how, seed=rng) for _ in range(tries)]
+    return min(found, key=lambda one: ((points - one[0][one[1]]) ** 2).sum())
+
+
+# Added to ppo_trajsep_lux: classes
+class Classes(nn.Module):
+    """The VQ-VAE, the centroids and the M newest trajectories, equally many of each environment; on the CPU."""
+
+    def __init__(self, args):
+        super().__init__()
+        s, d, num_rows = STATE_SIZE, CODE_SIZE, args.batch_size // args.num_steps  # environments times sides
+        self.encoder = nn.Sequential(nn.Linear(s, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, d))
+        self.decoder = nn.Sequential(nn.Linear(d, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, s))
+        self.codes = nn.Parameter(torch.rand(NUM_CODES, d))
+        cover = coverage_sets(NUM_CODES, args.num_classes if args.coverage == "tk" else 1, NUM_POINTS)
+        self.cover = cover.expand(-1, args.num_classes, -1) & (args.coverage != "none")
+        self.places = NUM_STORED // num_rows + 1
+        self.register_buffer("states", torch.zeros(num_rows * self.places, NUM_POINTS, s))
+        for name in ("count", "label", "task"):  # its states, its class at the last clustering, and what is only logged
+            self.register_buffer(name, torch.full((num_rows * self.places,), -1))
+        self.register_buffer("place", torch.arange(num_rows) * self.places)  # of the trajectory that each is in
+        self.register_buffer("centroids", torch.full((args.num_classes, d), torch.nan))
+
+    def add(self, states, age):
+        """Store states (T, B, S), each `age` (T, B) steps after its reset: which trajectory each is of (T, B)."""
+        place = self.place // self.places * self.places + (self.place + (age == 0).cumsum(0)) % self.places
+        kept = (age % STRIDE == 0) & (age < HORIZON)
+        which, point = place[kept], age[kept] // STRIDE
+        self.states[which, point] = states[kept]
+        self.count[which[point == 0]], self.label[which[point == 0]] = 0, -1
+        self.count.scatter_reduce_(0, which, point + 1, "amax")
+        self.place = place[-1].clone()
+        return place
+
+    @torch.no_grad()
+    def look(self):
+        """Standardised states (M, T, S), which there are (M, T), embeddings (M, d), codes (M, T), labels or -1 (M,)."""
+        valid = torch.arange(NUM_POINTS) < self.count[:, None]
+        std, mean = torch.std_mean(self.states[valid], 0)
+        states = torch.where(std > 1e-4, (self.states - mean) / std, 0).clamp(-5, 5)
+        embedding, index = embed(self.encoder(states), self.codes, valid)
+        label = torch.cdist(embedding, self.centroids).argmin(-1)
+        return states, valid, embedding, index, label.where(~self.centroids.isnan().any() & (self.count > 2), -1)
+
+    def fit(self, optimizer, steps, rng):
+        """Train the VQ-VAE on 16 trajectories a step: the last loss."""
+        states, valid, _, _, label = self.look()
+        for _ in range(steps):
+            rows = valid[:, 0].nonzero()[torch.randint(valid[:, 0].sum(), (16,), generator=rng), 0]
+            klass = torch.randint(len(self.centroids), (16, NUM_POINTS), generator=rng)  # until the first clustering
+            cover = self.cover[torch.arange(NUM_POINTS), torch.where(label[rows, None] < 0, klass, label[rows, None])]
+            z = self.encoder(states[rows])
+            loss = vq_losses(z, self.codes, self.decoder, states[rows], valid[rows], cover).sum()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.item()
+
+    def cluster(self, seed, iteration):
+        """Cluster the trajectories that are whole: shares of labels kept, by the last centroids and by new starts."""
+        whole = (self.count == NUM_POINTS) | (self.count > 2).index_fill(0, self.place, False)
+        if iteration % CLUSTER_EVERY or whole.sum() < 6 * len(self.centroids):
+            return np.nan, np.nan
+        points, last = self.look()[2][whole].double().numpy(), self.centroids.double().numpy()
+        starts, rng = (None if np.isnan(last).any() else last, None), np.random.default_rng([seed, iteration])
+        found = [k_means(points, start, len(last), rng) for start in starts]
+        before, labels = self.label[whole], [torch.from_numpy(label).long() for _, label in found]
+        self.centroids.copy_(torch.from_numpy(found[0][0]))
+        self.label[whole] = labels[0]
+        return [(label == before)[before >= 0].float().mean() for label in labels]
+
+
 # ==============================================================================================
 # The network
 # ==============================================================================================
@@ -325,7 +461,8 @@ class Trunk(nn.Module):
         self.block = ResidualBlock(channels)
         self.last = layer_init(nn.Conv2d(channels, channels, 3, padding=1))
 
-    def forward(self, planes, pixel):
+    # Differs from ppo_trajsep_lux: classes
+    def forward(self, planes, pixel, guidance):
         x = self.block(self.stem(planes))  # (B, C, H, W)
         # The last convolution at the entities' pixels (B, K) only, as a matrix product with the 3x3
         # patches around them: the numbers of self.last(x) at these pixels, for less work.
@@ -337,7 +474,7 @@ class Trunk(nn.Module):
         maps = torch.arange(len(x), device=x.device)[:, None, None, None]
         patches = x[maps, rows, columns].flatten(0, 1).flatten(1)  # (B * K, 3 * 3 * C)
         weight = self.last.weight.permute(0, 2, 3, 1).flatten(1)  # (C, 3 * 3 * C)
-        return F.leaky_relu(F.linear(patches, weight, self.last.bias))
+        return F.leaky_relu(F.linear(patches, weight, self.last.bias) + guidance)
 
 
 def of_kind(outputs, kind):
@@ -357,13 +494,54 @@ class Agent(nn.Module):
         self.critic = Trunk(args.channels)
         self.critic_pixel = layer_init(nn.Linear(args.channels, args.channels))  # a 1x1 convolution
         self.critic_head = layer_init(nn.Linear(args.channels, 3), std=1.0)
+        # Differs from ppo_trajsep_lux: classes
+        self.source, self.num_classes, self.hidden = args.class_source, args.num_classes, torch.zeros(1, 1, WIDTH)
+        self.generator, inputs, n = torch.Generator().manual_seed(args.seed), 3 * NUM_PLANES, args.num_classes
+        with torch.random.fork_rng():  # what else is drawn is the parent's
+            self.predictor = nn.ModuleList([nn.Linear(inputs, WIDTH), nn.GRUCell(WIDTH, WIDTH), nn.Linear(WIDTH, n)])
+            self.guide = nn.Sequential(nn.Linear(n, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH))
+        self.guided = nn.Parameter(torch.zeros(2, args.channels, WIDTH))  # actor and critic
         self.to(memory_format=torch.channels_last)
+
+    # Added to ppo_trajsep_lux: classes
+    def predict(self, near, living, hidden):
+        """Logits of classes (T, B, K, n) and the memory after, by `near` (T, B, K, 54) and the memory (B, K, 32)."""
+        (look, remember, judge), logits = self.predictor, []
+        for now, alive in zip(near, living, strict=True):
+            hidden = (hidden * (now[..., -1:] > 0)).flatten(0, 1)  # the clock is 0 after a reset
+            hidden = remember(F.relu(look(now)).flatten(0, 1), hidden).view(*now.shape[:2], -1) * alive[..., None]
+            logits.append(judge(hidden))
+        return torch.stack(logits), hidden
+
+    # Added to ppo_trajsep_lux: classes
+    @torch.no_grad()
+    def classify(self, obs, keep=True):
+        """Each entity's class, `klass` (B, K), and what it is predicted by: `near` (B, K, 54), `hidden` (B, K, 32)."""
+        kind, planes = obs["kind"], obs["planes"].float()
+        hidden = self.hidden.to(kind.device).expand(*kind.shape, -1)
+        mean, squares = (F.avg_pool2d(x, 7, 1, 3) for x in (planes, planes**2))  # the same in any symmetry
+        near = torch.cat((mean, (squares - mean**2).clamp(min=0).sqrt(), planes), 1).flatten(2)  # (B, 54, H * W)
+        near = near.gather(2, obs["pixel"][:, None].expand(-1, near.shape[1], -1)).transpose(1, 2)
+        logits, after = self.predict(near[None], (kind != EMPTY)[None], hidden)
+        self.hidden = after if keep else self.hidden
+        scale = (1 if self.training else 10**6) * (self.source == "predictor")  # by its logits, the likeliest, or any
+        chance = torch.rand(*kind.shape, 1, generator=self.generator).to(kind.device)
+        klass = ((logits[0] * scale).softmax(-1).cumsum(-1) < chance).sum(-1).clamp(max=self.num_classes - 1)
+        if self.source == "task":
+            klass = (obs["task"].long() % self.num_classes)[:, None].expand(kind.shape)
+        return {"klass": klass, "near": near, "hidden": hidden}
 
     def entity_features(self, trunk, obs):
         """The trunk's feature vector at every entity's pixel: float32 (B * K, channels)."""
+        # Differs from ppo_trajsep_lux: classes
+        if "klass" not in obs:  # in the tools
+            obs = obs | self.classify(obs, keep=trunk is self.actor)
         planes = obs["planes"].to(torch.bfloat16 if self.bf16 else torch.float32, memory_format=torch.channels_last)
         with torch.autocast(planes.device.type, torch.bfloat16, enabled=self.bf16):
-            return trunk(planes, obs["pixel"]).float()
+            # Differs from ppo_trajsep_lux: classes
+            told = self.guide(F.one_hot(obs["klass"], self.num_classes).float()).flatten(0, 1)  # (B * K, WIDTH)
+            guidance = F.linear(told, self.guided[int(trunk is self.critic)]) if self.num_classes > 1 else 0
+            return trunk(planes, obs["pixel"], guidance).float()
 
     def get_value(self, obs):
         """Value of every entity, at its pixel: (B, K)."""
@@ -774,23 +952,6 @@ def draw_maps(rng, map_seed=None):
         yield int(rng.integers(low, high))
 
 
-# Added to ppo_trajsep_lux: tasks
-def map_kind(map_seed):
-    """Cave or Mountain: the engine's first draw for this seed, without making the map."""
-    board_seed = np.random.RandomState(map_seed).randint(0, 2**32 - 1, dtype=np.int64)
-    return str(np.random.RandomState(board_seed).choice(["Cave", "Mountain"]))
-
-
-# Added to ppo_trajsep_lux: tasks
-def draw_task(tasks, map_seeds):
-    """One task, by the first of the endless map seeds, with each of them that has its kind of map: pairs, endless."""
-    task = None
-    for map_seed in map_seeds:
-        task = task or tasks[map_seed % len(tasks)]
-        if TASKS[task][0] in (None, map_kind(map_seed)):
-            yield task, map_seed
-
-
 class LuxEnv(gym.Env):
     """One game of Lux AI Season 2 against an idle opponent, or against the same policy.
 
@@ -833,9 +994,9 @@ class LuxEnv(gym.Env):
         super().reset(seed=seed)
         self.generator, self.moves = self.np_random.bit_generator.state, []
         # Differs from ppo_trajsep_lux: tasks
-        map_seeds = draw_maps(self.np_random, (options or {}).get("map_seed"))
-        for draw, (task, map_seed) in enumerate(draw_task(self.args.tasks, map_seeds), start=1):
-            obs = self._start_game(map_seed, task)
+        self.task = None  # until the first seed
+        for draw, map_seed in enumerate(draw_maps(self.np_random, (options or {}).get("map_seed")), start=1):
+            obs = self._start_game(map_seed)
             if obs is not None:
                 break
             if draw == 100 and not self.views:  # a setting that had a map once will have another
@@ -847,10 +1008,14 @@ class LuxEnv(gym.Env):
         nothing = np.zeros((len(self.players), self.num_slots))
         return self._observe(obs, nothing, nothing), {}
 
-    def _start_game(self, map_seed, task):
+    def _start_game(self, map_seed):
         """Bid nothing and place all factories in turn; None if the map has no ice or no room."""
         # Differs from ppo_trajsep_lux: tasks
-        self.task, (_, metal, self.engine.env_cfg.DAY_LENGTH) = task, TASKS[task]
+        self.task = self.task or self.args.tasks[map_seed % len(self.args.tasks)]
+        kind, metal, self.engine.env_cfg.DAY_LENGTH = TASKS[self.task]
+        board_seed = np.random.RandomState(map_seed).randint(0, 2**32 - 1, dtype=np.int64)  # the engine's first draws
+        if kind not in (None, np.random.RandomState(board_seed).choice(["Cave", "Mountain"])):
+            return None
         obs = self.engine.reset(seed=map_seed)[0][PLAYERS[0]]
         if not obs["board"]["ice"].any():
             return None
@@ -1028,6 +1193,10 @@ if __name__ == "__main__":
     sys.excepthook = partial(explain, envs)
     agent = Agent(args).to(device)
     optimizer = optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-8)
+    # Differs from ppo_trajsep_lux: classes
+    with torch.random.fork_rng():
+        classes = Classes(args)
+    class_optimizer = optim.Adam([*classes.parameters(), *agent.predictor.parameters()])
     if args.track:
         import wandb
 
@@ -1041,6 +1210,8 @@ if __name__ == "__main__":
         seeds = np.random.SeedSequence(args.seed).generate_state(args.num_envs)
         envs.reset_async(seed=[int(seed) for seed in seeds])
         next_obs = to_tensors(envs.reset_wait(timeout=60)[0], device)
+        # Differs from ppo_trajsep_lux: classes
+        next_obs |= agent.classify(next_obs)
     else:
         agent.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -1048,6 +1219,9 @@ if __name__ == "__main__":
         torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
         envs.set_attr("game", checkpoint["games"])
         next_obs = {key: value.to(device) for key, value in checkpoint["next_obs"].items()}
+        agent.hidden, kept_classes, kept_optimizer = checkpoint["classes"]
+        classes.load_state_dict(kept_classes)
+        class_optimizer.load_state_dict(kept_optimizer)
     steps = args.num_envs * args.num_steps
     start_time, last_line, num_threads = time.time() - start["seconds"], -np.inf, torch.get_num_threads()
 
@@ -1085,9 +1259,10 @@ if __name__ == "__main__":
 
         # ---- rollout
         rollout_start = time.time()
+        agent.generator.manual_seed(args.seed << 32 | iteration)
         torch.set_num_threads(max(1, num_threads // 2))  # the environments' processes need cores as well
         # Differs from ppo_trajsep_lux: tasks
-        episodes, by_task = {name: [] for name in EPISODE_STATS}, {task: [] for task in args.tasks}
+        episodes = {name: [] for name in [*EPISODE_STATS, *(f"return_{task}" for task in args.tasks)]}
         for step in range(args.num_steps):
             for key, buffer in obs.items():
                 buffer[step] = next_obs[key]
@@ -1105,8 +1280,10 @@ if __name__ == "__main__":
                     last[key][i] = infos["final_obs"][i][key]
                 for name in EPISODE_STATS:
                     episodes[name].append(infos["final_info"]["episode"][name][i])
-                by_task[list(TASKS)[infos["final_obs"][i]["task"][0]]].append(episodes["episodic_return"][-1])
+                task = infos["final_obs"][i]["task"][0]
+                episodes["return_" + list(TASKS)[task]].append(episodes["episodic_return"][-1])
             last, next_obs = to_tensors(last, device), to_tensors(next_obs, device)
+            next_obs |= agent.classify(next_obs)
             entity_reward[step], entity_dones[step] = last["reward"], last["done"]
         with torch.no_grad():
             entity_values[args.num_steps] = agent.get_value(next_obs)
@@ -1133,6 +1310,27 @@ if __name__ == "__main__":
             "choice": trajectories.choice,
         }
         batch = {key: value.flatten(0, 1) for key, value in batch.items()}  # (batch_size, ...)
+
+        # ---- classes
+        # Added to ppo_trajsep_lux: classes
+        age = (EPISODE_STEPS * obs["planes"][:, :, -1, 0, 0].float()).round().long()  # steps since the reset
+        states = obs["planes"][:, :, :STATE_SIZE].float().mean((-2, -1))  # (num_steps, num_rows, STATE_SIZE)
+        place = classes.add(states.cpu(), age.cpu())
+        classes.task[place] = obs["task"].long().cpu()
+        figures = {"vq_loss": classes.fit(class_optimizer, 32 if iteration <= 8 else 8, agent.generator)}
+        figures["kept"], figures["kept_random"] = classes.cluster(args.seed, iteration)
+        _, valid, _, index, label = classes.look()
+        figures["codes_used"] = len(index[valid].unique())
+        for task, k in ((task, k) for task in args.tasks for k in range(args.num_classes)):
+            figures[f"{task}_{k}"] = ((classes.task == list(TASKS).index(task)) & (label == k)).sum()
+        target = torch.where(entity_mask, label[place].to(device)[..., None], -1)  # (num_steps, num_rows, num_slots)
+        for _ in range(3):
+            logits, _ = agent.predict(obs["near"], entity_mask, obs["hidden"][0])
+            figures.setdefault("accuracy", masked_mean((logits.argmax(-1) == target).float(), target >= 0))
+            error = F.cross_entropy(logits.flatten(0, 2), target.flatten(), ignore_index=-1, reduction="sum")
+            (error / (target >= 0).sum().clamp(min=1)).backward()
+            class_optimizer.step()
+            class_optimizer.zero_grad()  # each optimizer leaves alone what has no gradient
 
         # ---- update
         losses = defaultdict(list)
@@ -1183,9 +1381,8 @@ if __name__ == "__main__":
         for name, values in {**episodes, "full_episodes": full}.items():
             row[f"charts/{name}"] = float(np.mean(values)) if values else None  # blank where no episode ended
         row["charts/active_cells"] = (batch["active"].sum() / args.batch_size).item()
-        # Differs from ppo_trajsep_lux: tasks
-        for task, values in by_task.items():
-            row[f"charts/return_{task}"] = float(np.mean(values)) if values else None
+        # Differs from ppo_trajsep_lux: classes
+        row |= {f"classes/{name}": float(x) if np.isfinite(float(x)) else None for name, x in figures.items()}
         for name, values in losses.items():
             row[f"losses/{name}"] = values.mean().item()
         errors = (batch["returns"] - batch["values"])[batch["active"]]
@@ -1218,6 +1415,8 @@ if __name__ == "__main__":
         state = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "games": envs.call_wait(timeout=60)}
         state |= {"cuda_rng": torch.cuda.get_rng_state_all(), "iteration": iteration, "seconds": seconds}
         state |= {"next_obs": next_obs, "rows": rows, "recent": list(recent), "best": best}
+        # Differs from ppo_trajsep_lux: classes
+        state["classes"] = [agent.hidden, classes.state_dict(), class_optimizer.state_dict()]
         if os.path.exists(in_run("checkpoint.pt")):
             os.replace(in_run("checkpoint.pt"), in_run("previous.pt"))
         save(model | state, in_run("checkpoint.pt"))
