@@ -1,7 +1,7 @@
-"""Trajectory separation for a mix of tasks, with a policy that is told the class of its trajectory (TRAMA), in one file.
+"""Trajectory separation with a policy that is told the class of its trajectory (TRAMA), in one file.
 
-"Trajectory-Class-Aware Multi-Agent Reinforcement Learning" (Na, Lee, Moon, ICLR 2025, arXiv 2503.01440),
-put on separated PPO in place of QPLEX. Games come from several `--tasks`; nobody is told which.
+"Trajectory-Class-Aware Multi-Agent Reinforcement Learning" (Na, Lee, Lee, Moon, ICLR 2025, arXiv
+2503.01440), put on separated PPO in place of QPLEX. Games come from several `--tasks`; nobody is told which.
 - A VQ-VAE learns codes of states; the coverage loss gives each step of each class a share of them, J(t, k).
 - A trajectory of the team is the mean of its codes. K-means sorts these into `--num-classes` classes; each
   clustering starts from the last one's centroids, so that a class keeps its number.
