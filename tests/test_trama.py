@@ -18,7 +18,7 @@ from test_script import SCRIPT, curve, read_csv, run, together
 
 from ppo_trajsep_lux import EMPTY, LIGHT, NUM_PLANES
 
-trama = load("trama_lux")
+trama, cross_play, class_curves = load("trama_lux"), load("cross_play"), load("class_curves")
 PATH = Path(trama.__file__)
 NARROW = {"map_size": 24, "factories_per_team": 1, "max_units": 8, "channels": 8, "bf16": False}
 
@@ -533,3 +533,45 @@ def test_the_tools_carry_the_memory_and_take_the_likeliest_class(runs):
     assert calls[5]["hidden"].abs().max() > 0.01
     where = {"run": runs["short"], "best": False, "script": None, "map_size": None}
     assert evaluate.play(0, where, False) == evaluate.play(0, where, False)
+
+
+# ---- the programs that read runs
+
+
+def test_agreement_by_hand():
+    rand, purity, information = class_curves.agreement([[2, 0], [0, 1], [0, 1]])
+    assert (rand, purity, information) == pytest.approx((4 / 7, 1, 0.8))
+    assert class_curves.agreement([[0, 5], [5, 0]]) == pytest.approx((1, 1, 1))
+    assert class_curves.agreement([[25, 25], [25, 25]]) == pytest.approx((-1 / 49, 0.5, 0), abs=0.01)
+    assert class_curves.agreement([[10, 20], [0, 0]]) == pytest.approx((0, 2 / 3, 0))
+
+
+def test_class_curves_read_what_a_run_writes(runs):
+    rows = read_csv(runs["short"] / "progress.csv")
+    table = np.array(class_curves.count_table(rows[-1]))
+    assert table.shape == (2, len(trama.TASKS)) and table.sum() == 2
+    names = [key for key in rows[-1] if key.startswith("classes/mountain-lean_")]
+    assert len(names) == 2
+    assert table[:, 2].tolist() == [float(rows[-1][name]) for name in names]
+    lines = list(class_curves.curves(rows))
+    assert len(lines) == 4 and lines[-1].split()[0] == "192" and "(" in lines[-1]
+
+
+def test_the_matrix_compares_map_by_map():
+    games = {("mixed", "cave"): [1.0, 2.0, 6.0], ("cave", "cave"): [2.0, 3.0, 7.5]}
+    games = {key: [{"episodic_return": x} for x in values] for key, values in games.items()}
+    rows = cross_play.matrix(games, ["mixed", "cave"], ["cave"])
+    assert [label for label, _ in rows] == ["mixed", "cave", "cave less mixed"]
+    assert rows[0][1][0] == pytest.approx((3.0, (7 / 3) ** 0.5))
+    assert rows[2][1][0] == pytest.approx((3.5 / 3, 1 / 6))
+    assert cross_play.show(rows, ["cave"]).splitlines()[-1].split()[-3:] == ["1.17", "±", "0.17"]
+
+
+def test_cross_play_plays_the_task_and_evaluates_as_the_tools_do(runs, tmp_path):
+    content = torch.load(runs["four"] / "model.pt", weights_only=True)
+    content["args"]["tasks"] = ["mountain-lean"]
+    torch.save(content, tmp_path / "model.pt")
+    (tmp_path / "script.py").write_bytes((runs["four"] / "script.py").read_bytes())
+    played = cross_play.play(runs["four"], "mountain-lean", 3)
+    where = {"run": tmp_path, "best": False, "script": None, "map_size": None}
+    assert played == evaluate.play(3, where, False) != cross_play.play(runs["four"], "cave", 3)
