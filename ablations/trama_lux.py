@@ -497,7 +497,7 @@ class Agent(nn.Module):
         # Differs from ppo_trajsep_lux: classes
         self.source, self.num_classes, self.hidden = args.class_source, args.num_classes, torch.zeros(1, 1, WIDTH)
         self.generator, inputs, n = torch.Generator().manual_seed(args.seed), 3 * NUM_PLANES, args.num_classes
-        with torch.random.fork_rng():  # what else is drawn is the parent's
+        with torch.random.fork_rng(devices=[]):  # what else is drawn is the parent's
             self.predictor = nn.ModuleList([nn.Linear(inputs, WIDTH), nn.GRUCell(WIDTH, WIDTH), nn.Linear(WIDTH, n)])
             self.guide = nn.Sequential(nn.Linear(n, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH))
         self.guided = nn.Parameter(torch.zeros(2, args.channels, WIDTH))  # actor and critic
@@ -1194,7 +1194,7 @@ if __name__ == "__main__":
     agent = Agent(args).to(device)
     optimizer = optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-8)
     # Differs from ppo_trajsep_lux: classes
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         classes = Classes(args)
     class_optimizer = optim.Adam([*classes.parameters(), *agent.predictor.parameters()])
     if args.track:
