@@ -152,24 +152,26 @@ def test_trajectories_end_with_the_episode_and_with_the_horizon():
     assert (classes.look()[2] - embedding).abs().max() > 1e-3
 
 
-def test_a_place_that_is_taken_again_has_no_label():
+def test_a_place_that_is_taken_again_has_neither_label_nor_states():
     classes = trama.Classes(trama.Args(num_envs=128, num_steps=64))
     assert classes.places == 3
     classes.label[:] = 2
     for _ in range(4):
         place = classes.add(torch.zeros(64, 128, 16), torch.arange(64)[:, None].expand(64, 128))
     assert (classes.label[place[0]] == -1).all() and (classes.label == -1).all()
+    place = classes.add(torch.zeros(9, 128, 16), torch.arange(9)[:, None].expand(9, 128))
+    assert (classes.count[place[0]] == 2).all() and (classes.count == 8).sum() == 256
     assert len(place[0].unique()) == 128 and (place[0] // 3 == torch.arange(128)).all()
 
 
 def test_states_are_standardised_and_constant_planes_are_zero():
-    classes = trama.Classes(trama.Args(num_envs=2, num_steps=64))
+    classes = trama.Classes(trama.Args(num_envs=8, num_steps=64))
     torch.manual_seed(0)
-    states = 3 + 0.01 * torch.randn(64, 2, 16)
+    states = 3 + 0.01 * torch.randn(64, 8, 16)
     states[..., 4], states[0, 0, 1] = 7.0, 100.0
-    classes.add(states, torch.arange(64)[:, None].expand(64, 2))
+    classes.add(states, torch.arange(64)[:, None].expand(64, 8))
     seen, valid = classes.look()[:2]
-    assert not seen[..., 4].any() and seen[valid].abs().max() <= 5 and seen[valid][:, 1].max() > 3
+    assert not seen[..., 4].any() and seen.abs().max() == seen[valid][:, 1].max() == 5
     close(seen[valid][:, 0].mean(), 0.0, 1e-4)
     close(seen[valid][:, 0].std(), 1.0, 1e-3)
 
