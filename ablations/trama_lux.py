@@ -381,7 +381,7 @@ class Classes(nn.Module):
     def look(self):
         """Standardised states (M, T, S), which there are (M, T), embeddings (M, d), codes (M, T), labels or -1 (M,)."""
         valid = torch.arange(NUM_POINTS) < self.count[:, None]
-        std, mean = torch.std_mean(self.states[valid], 0)
+        std, mean = torch.std_mean(self.states[valid], 0, correction=0)
         states = torch.where(std > 1e-4, (self.states - mean) / std, 0).clamp(-5, 5)
         embedding, index = embed(self.encoder(states), self.codes, valid)
         label = torch.cdist(embedding, self.centroids).argmin(-1)
@@ -518,7 +518,8 @@ class Agent(nn.Module):
     def classify(self, obs, keep=True):
         """Each entity's class, `klass` (B, K), and what it is predicted by: `near` (B, K, 54), `hidden` (B, K, 32)."""
         kind, planes = obs["kind"], obs["planes"].float()
-        hidden = self.hidden.to(kind.device).expand(*kind.shape, -1)
+        rows = len(kind) if len(kind) == len(self.hidden) else 1  # or as many views of one map
+        hidden = self.hidden[:rows].to(kind.device).expand(*kind.shape, -1)
         mean, squares = (F.avg_pool2d(x, 7, 1, 3) for x in (planes, planes**2))  # the same in any symmetry
         near = torch.cat((mean, (squares - mean**2).clamp(min=0).sqrt(), planes), 1).flatten(2)  # (B, 54, H * W)
         near = near.gather(2, obs["pixel"][:, None].expand(-1, near.shape[1], -1)).transpose(1, 2)
@@ -1314,8 +1315,7 @@ if __name__ == "__main__":
         # ---- classes
         # Added to ppo_trajsep_lux: classes
         age = (EPISODE_STEPS * obs["planes"][:, :, -1, 0, 0].float()).round().long()  # steps since the reset
-        states = obs["planes"][:, :, :STATE_SIZE].float().mean((-2, -1))  # (num_steps, num_rows, STATE_SIZE)
-        place = classes.add(states.cpu(), age.cpu())
+        place = classes.add(obs["planes"][:, :, :STATE_SIZE].float().mean((-2, -1)).cpu(), age.cpu())
         classes.task[place] = obs["task"].long().cpu()
         figures = {"vq_loss": classes.fit(class_optimizer, 32 if iteration <= 8 else 8, agent.generator)}
         figures["kept"], figures["kept_random"] = classes.cluster(args.seed, iteration)
