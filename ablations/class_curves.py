@@ -1,10 +1,13 @@
 """Prints how the classes of a run of ablations/trama_lux.py went along with its tasks, by its progress.csv.
 
     python ablations/class_curves.py runs/NAME
+    python ablations/class_curves.py runs/NAME --picture embeddings.png
 
 By iteration: adjusted Rand index, purity and normalised mutual information of the classes of the stored
 trajectories against their tasks, the share of the largest class, codes used, the share of labels that a
 clustering kept (in brackets: with random starts), and the predictor's accuracy against the classes.
+The picture shows the embeddings of the trajectories in the run's checkpoint, in the two directions in which
+they differ most, coloured by task and by class. For it the run's script is run: only of runs that you trust.
 """
 
 import argparse
@@ -13,6 +16,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+import load  # noqa: E402
 
 
 def agreement(table):
@@ -51,12 +57,52 @@ def curves(rows):
             yield line + f"{float(row['classes/accuracy']):>10.2f}"
 
 
+def embeddings(run):
+    """Of a checkpoint's trajectories that have a class: embeddings (N, 4), classes (N,), tasks (N,), tasks' names."""
+    script, args, _ = load.load(run)
+    classes = script.Classes(args)
+    classes.load_state_dict(load.read(run / "checkpoint.pt")["classes"][1])
+    _, _, embedding, _, label = classes.look()
+    known = label >= 0
+    return embedding[known].numpy(), label[known].numpy(), classes.task[known].numpy(), list(script.TASKS)
+
+
+def plane(points):
+    """Points (N, d) in the two directions in which they differ most: (N, 2)."""
+    points = points - points.mean(0)
+    return points @ np.linalg.svd(points, full_matrices=False)[2][:2].T
+
+
+def draw(run, path):
+    """Write the picture of a run's embeddings."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    points, label, task, names = embeddings(run)
+    if len(points) < 3:
+        raise load.Refusal(f"{run} has no classes yet: let it train for longer.")
+    flat, (figure, axes) = plane(points), plt.subplots(1, 2, figsize=(9, 4), sharex=True, sharey=True)
+    for axis, numbers, title in zip(axes, (task, label), ("task", "class"), strict=True):
+        for number in np.unique(numbers):
+            name = names[number] if title == "task" else str(number)
+            axis.scatter(*flat[numbers == number].T, s=12, label=name)
+        axis.set_title(f"by {title}"), axis.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
 if __name__ == "__main__":
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the embeddings")
+    flags = parser.parse_args()
     try:
-        with open(parser.parse_args().run / "progress.csv") as file:
+        load.refuse_taken(flags.picture)
+        with open(flags.run / "progress.csv") as file:
             print("\n".join(curves(csv.DictReader(file))))
-    except OSError as error:
+        if flags.picture:
+            draw(flags.run, flags.picture)
+    except (load.Refusal, OSError) as error:
         sys.exit(str(error))

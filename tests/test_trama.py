@@ -560,6 +560,18 @@ def test_class_curves_read_what_a_run_writes(runs):
     assert len(lines) == 4 and lines[-1].split()[0] == "192" and "(" in lines[-1]
 
 
+def test_the_picture_is_of_the_checkpoints_trajectories(runs, tmp_path):
+    points, label, task, names = class_curves.embeddings(runs["short"])
+    row = read_csv(runs["short"] / "progress.csv")[-1]
+    assert points.shape == (2, 4) and all(
+        float(row[f"classes/{names[t]}_{k}"]) for k, t in zip(label, task, strict=True)
+    )
+    flat = class_curves.plane(np.array([[0.0, 5, 3], [2, 5, 3], [4, 5, 3], [2, 5.5, 3]]))
+    np.testing.assert_allclose(np.abs(flat[:, 0]), [2, 0, 2, 0], atol=1e-6)
+    with pytest.raises(tools.Refusal, match="no classes yet"):
+        class_curves.draw(runs["short"], tmp_path / "picture.png")  # two trajectories are too few
+
+
 def test_the_matrix_compares_map_by_map():
     games = {("mixed", "cave"): [1.0, 2.0, 6.0], ("cave", "cave"): [2.0, 3.0, 7.5]}
     games = {key: [{"episodic_return": x} for x in values] for key, values in games.items()}
