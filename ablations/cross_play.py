@@ -45,10 +45,10 @@ def mean_and_error(values):
 def matrix(games, runs, tasks, name="episodic_return"):
     """Rows of (label, (mean, standard error) by task): each run, then each less the first, map by map."""
     values = {key: np.array([stats[name] for stats in found]) for key, found in games.items()}
-    rows = [(str(run), [mean_and_error(values[run, task]) for task in tasks]) for run in runs]
+    rows = [(Path(run).name, [mean_and_error(values[run, task]) for task in tasks]) for run in runs]
     for run in runs[1:]:
         less = [mean_and_error(values[run, task] - values[runs[0], task]) for task in tasks]
-        rows.append((f"{run} less {runs[0]}", less))
+        rows.append((f"{Path(run).name} less {Path(runs[0]).name}", less))
     return rows
 
 
@@ -56,7 +56,7 @@ def show(rows, tasks):
     width = max(len(label) for label, _ in rows)
     lines = [" " * width + "".join(f"{task:>18}" for task in tasks)]
     for label, cells in rows:
-        lines.append(f"{label:<{width}}" + "".join(f"{mean:>10.2f} ± {error:<5.2f}" for mean, error in cells))
+        lines.append(f"{label:<{width}}" + "".join(f"{mean:>10.2f} ±{error:>6.2f}" for mean, error in cells))
     return "\n".join(lines)
 
 
@@ -77,7 +77,7 @@ def cross_play(flags):
     print(f"Return, mean and standard error over {flags.episodes} held-out maps of each task")
     print(show(rows, flags.tasks))
     if flags.json:
-        content = {"tasks": flags.tasks, "episodes": flags.episodes, "rows": dict(rows)}
+        content = {"tasks": flags.tasks, "episodes": flags.episodes, "rows": rows}
         content["games"] = [{"run": str(run), "task": task, "maps": found} for (run, task), found in games.items()]
         flags.json.write_text(json.dumps(content, indent=2) + "\n")
 
