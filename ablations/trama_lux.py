@@ -193,9 +193,7 @@ def check_args(args):
             if not low <= value <= high:
                 raise Refusal(f"--{name.replace('_', '-')} must be between {low} and {high}, got {value}.")
     if args.batch_size % args.num_minibatches:
-        raise Refusal(
-            f"--num-minibatches must divide the rollout's {args.batch_size} maps, got {args.num_minibatches}."
-        )
+        raise Refusal(f"--num-minibatches must divide the {args.batch_size} maps of a rollout.")
     # Differs from ppo_trajsep_lux: tasks
     if not args.tasks or not {*args.tasks} <= {*TASKS}:
         raise Refusal(f"--tasks must be some of {' '.join(TASKS)}, got {' '.join(args.tasks) or 'none'}.")
@@ -279,7 +277,7 @@ def compute_gae(trajectories, gamma, gae_lambda):
     advantages = torch.zeros_like(rewards)
     lastgaelam = torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
-        delta = rewards[t] + gamma * next_values[t] - values[t]  # next_values say what an end leaves: here nothing
+        delta = rewards[t] + gamma * next_values[t] - values[t]  # no (1 - dones): next_values tell what is left
         lastgaelam = active[t] * (delta + gamma * gae_lambda * (1.0 - dones[t]) * lastgaelam)
         advantages[t] = lastgaelam
     return advantages
@@ -1109,7 +1107,6 @@ def to_tensors(obs, device):
 # Training
 # ==============================================================================================
 
-
 LOSSES = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad_norm")
 
 
@@ -1202,7 +1199,10 @@ if __name__ == "__main__":
         import wandb
 
         settings, name = wandb.Settings(init_timeout=30), os.path.basename(run_dir)
-        wandb.init(name=name, config=asdict(args), sync_tensorboard=True, save_code=True, settings=settings)
+        try:
+            wandb.init(name=name, config=asdict(args), sync_tensorboard=True, save_code=True, settings=settings)
+        finally:  # its own hook prints a traceback
+            sys.excepthook = partial(explain, envs)
 
     # ---- start, or go on
     start = checkpoint or {"iteration": 0, "seconds": 0.0, "rows": [], "recent": [], "best": -np.inf}
@@ -1422,6 +1422,6 @@ if __name__ == "__main__":
         save(model | state, in_run("checkpoint.pt"))
 
     # ---- the end
-    print(f"{run_dir} is finished; play its policy with tools/evaluate.py {run_dir}")
+    print(f"{run_dir} is finished; play its policy with tools/evaluate.py {run_dir}", flush=True)
     envs.close()
     writer.close()
