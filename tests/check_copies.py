@@ -275,9 +275,9 @@ def fault(name, variant, parent):
     advice = f"--fix {verb} it" if kind == "stale" else f"say '# {mark}'"
     if kind == "edited" and theirs:
         advice += f", or take the parent's with --overwrite {variant.name} {shlex.quote(name)}"
-    if own and theirs and re.findall(".+", own.text) == re.findall(".+", theirs.text):
+    if kind == "edited" and own and theirs and re.findall(".+", own.text) == re.findall(".+", theirs.text):
         advice = "only its empty lines differ: put those of the parent back"
-    elif own and theirs and own.text.endswith(theirs.text.lstrip("\n")):
+    elif kind == "edited" and own and theirs and own.text.endswith(theirs.text.lstrip("\n")):
         advice += "; if what stands above it belongs to a unit that you removed, remove that as well"
     diff = difference(theirs, own, parent.name, variant.name) if own and theirs else []
     return "\n".join([f"{where}: {what}: {advice}", *map(str.rstrip, diff)])
