@@ -123,7 +123,7 @@ def test_it_acts_as_the_policy_does_in_its_own_environment(exported):
     """Both sides, two sizes, another number of factories than in training; and a second game in the same process."""
     folder, agent, args = exported
     kit = Kit(folder / "sampled")
-    for size, factories, steps in ((32, 2, 40), (64, 3, 40)):
+    for size, factories, steps in ((48, 4, 40), (64, 3, 40)):
         kinds, grown = compare(kit, agent, args, factories, size, greedy=False, steps=steps)
         for player in lux.PLAYERS:  # moves; stopping, an empty order; a new unit
             assert {(player, (0,)), (player, ())} <= kinds and {(player, 0), (player, 1)} & kinds
