@@ -590,3 +590,18 @@ def test_cross_play_plays_the_task_and_evaluates_as_the_tools_do(runs, tmp_path)
     played = cross_play.play(runs["four"], "mountain-lean", 3)
     where = {"run": tmp_path, "best": False, "script": None, "map_size": None}
     assert played == evaluate.play(3, where, False) != cross_play.play(runs["four"], "cave", 3)
+
+
+def test_a_trial_of_classes_tells_tasks_apart_that_differ_and_no_others(monkeypatch):
+    """Three tasks whose states lie far apart, and three whose states are the same by chance."""
+    monkeypatch.syspath_prepend(PATH.parent)  # as for a program that is started there
+    class_trial, rng = load("class_trial"), torch.Generator().manual_seed(0)
+
+    def games(distance):
+        shift = distance * torch.eye(3, trama.STATE_SIZE)
+        return [(task + 1, torch.randn(20, trama.STATE_SIZE, generator=rng) + shift[task]) for task in range(3)]
+
+    apart = [game for _ in range(10) for game in games(30)]
+    alike = [game for _ in range(10) for game in games(0)]
+    assert class_trial.trial(apart, 3, "none", 0)[1] > 0.9
+    assert abs(class_trial.trial(alike, 3, "none", 0)[1]) < 0.3
