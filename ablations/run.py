@@ -60,6 +60,7 @@ TWELFTH = " ".join(  # of the script's rewards: the team's, in a twelfth of its 
     for name, value in (("ice-dug", 0.001), ("ice-delivered", 0.0005), ("ice-received", 0.0005))
     + (("rubble-cleared", 0.001), ("factory-alive", 0.001), ("unit-lost", -0.1), ("factory-lost", -1))
 )
+TASKS = "--tasks cave mountain mountain-lean"
 TABLE = f"""
 trajsep | trajectory separation | ppo_trajsep_lux.py | | 44,472 +- 12,065
 ippo | IPPO | ippo_lux.py | |
@@ -112,6 +113,13 @@ vdn | VDN | ablations/vdn_lux.py | |
 difference | difference rewards | ablations/difference_lux.py | |
 difference_free | difference rewards without branches | own_reward |\
  --own-reward 0.9 --reward-ice-delivered 0.001 --reward-ice-received 0 |
+trama_parent | no classes, all tasks | ablations/trama_lux.py | {TASKS} --num-classes 1 |
+trama_cave | no classes, caves only | ablations/trama_lux.py | --tasks cave --num-classes 1 |
+trama_mountain | no classes, mountains only | ablations/trama_lux.py | --tasks mountain --num-classes 1 |
+trama_mountain_lean | no classes, lean mountains only | ablations/trama_lux.py | --tasks mountain-lean --num-classes 1 |
+trama_oracle | told the task | ablations/trama_lux.py | {TASKS} --class-source task |
+trama | TRAMA | ablations/trama_lux.py | {TASKS} |
+trama_uniform | told a class by chance | ablations/trama_lux.py | {TASKS} --class-source uniform |
 quadrant | units by quadrant | grouping | --grouping quadrant | 22,385
 closest_factory | units by closest factory | grouping | --grouping closest-factory | 27,009
 closest_heavy | units by closest heavy | grouping | --grouping closest-heavy | 35,224
@@ -138,6 +146,8 @@ FIGURES = {  # the first variant of each is what the others are compared with
     "controls": "trajsep global global_grad_10 global_no_value_clip global_twelfth ippo ippo_grad_10"
     " ippo_no_value_clip mappo mappo_grad_10 mappo_no_value_clip",
     "size": "trajsep mappo gpae_50 coma",  # at the scales cpu24, cpu and cpu40
+    "specialists": "trama_parent trama_cave trama_mountain trama_mountain_lean",  # then cross_play.py
+    "trama": "trama_parent trama_oracle trama trama_uniform",
     "norms": "trajsep poster_norms",
     "epochs": "trajsep epochs_2",
     "paper_ppo": "trajsep trajsep_paper_ppo global global_paper_ppo",
