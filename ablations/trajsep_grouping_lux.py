@@ -24,6 +24,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import zipfile
 from collections import defaultdict, deque
@@ -184,8 +185,7 @@ def check_args(args):
 # then one for each factory. Tensors per slot are (T, B, K): T steps, B environments (times sides), K
 # slots; `entity_mask` says which are taken. A group is the slots that share a trajectory, a cell one
 # (step, environment, group): the unit of all that follows, (T, B, G). dones[t] says that the group
-# ended in the step that took obs[t] to obs[t + 1]: nothing after it flows back over it. (CleanRL
-# stores that flag at t + 1.)
+# ended in the step that took obs[t] to obs[t + 1] (CleanRL notes it at t + 1): nothing later flows back over it.
 
 EMPTY, LIGHT, HEAVY, FACTORY = range(4)  # kind of entity in a slot
 
@@ -937,7 +937,7 @@ def leave(status, sentence):
 
 def explain(envs, kind, error, trace):
     """The excepthook: a sentence for what user, disk or machine did, a traceback for an error in the code."""
-    sentence, lost = str(error), []
+    sentence, lost = str(error) or kind.__name__, []
     if envs is not None and isinstance(error, (EOFError, ConnectionError)):
         time.sleep(0.5)  # until a death is known
         lost = [i for i, process in enumerate(envs.processes) if not process.is_alive()]
@@ -945,7 +945,7 @@ def explain(envs, kind, error, trace):
         lost = [i for i, pipe in enumerate(envs.parent_pipes) if not pipe.poll()]
     if lost:
         sentence = f"The process of environment {lost[:9]} died or hangs: go on with --resume."
-    elif isinstance(error, (OSError, MemoryError)) or "memory" in sentence:  # torch's are RuntimeErrors
+    elif isinstance(error, (OSError, EOFError, MemoryError)) or "memory" in sentence:  # torch's are RuntimeErrors
         sentence += ": see to it (disk, memory, output, or fewer --num-envs), then go on with --resume."
     elif not isinstance(error, Refusal) and not kind.__module__.startswith("wandb"):
         sys.__excepthook__(kind, error, trace)
@@ -1000,6 +1000,9 @@ if __name__ == "__main__":
     torch.backends.cudnn.deterministic = True
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     LuxEnv(args).reset(seed=args.seed)  # fails here if no map can hold the factories
+    slow = "The environments' processes did not start in 10 minutes: fewer --num-envs, or go on with --resume."
+    starting = threading.Timer(600, leave, (1, slow))
+    starting.start()
     modes = {"copy": False, "autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
     envs = gym.vector.AsyncVectorEnv([lambda: make_worker_env(args)] * args.num_envs, **modes)
     sys.excepthook = partial(explain, envs)
@@ -1028,6 +1031,7 @@ if __name__ == "__main__":
         torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
         envs.set_attr("game", checkpoint["games"])
         next_obs = {key: value.to(device) for key, value in checkpoint["next_obs"].items()}
+    starting.cancel()
     steps = args.num_envs * args.num_steps
     start_time, last_line, num_threads = time.time() - start["seconds"], -np.inf, torch.get_num_threads()
 
@@ -1046,9 +1050,8 @@ if __name__ == "__main__":
 
     # ---- the run's folder
     os.makedirs(run_dir, exist_ok=True)
-    lock = FileLock(in_run("lock"), timeout=0)
     try:
-        lock.acquire()
+        lock = FileLock(in_run("lock"), timeout=0).acquire()
     except Timeout:
         raise Refusal(f"Another process is writing to {run_dir}: choose another --run-name.") from None
     if checkpoint is None:
@@ -1116,7 +1119,7 @@ if __name__ == "__main__":
         batch = {key: value.flatten(0, 1) for key, value in batch.items()}  # (batch_size, ...)
 
         # ---- update
-        losses = defaultdict(list)
+        losses = []  # of every minibatch
         for _ in range(args.update_epochs):
             b_inds = torch.randperm(args.batch_size, device=device)
             for mb_inds in b_inds.split(args.batch_size // args.num_minibatches):
@@ -1141,15 +1144,12 @@ if __name__ == "__main__":
                 with torch.no_grad():
                     approx_kl = masked_mean((ratio - 1) - logratio, mb["choice"])
                     clipfrac = masked_mean(((ratio - 1.0).abs() > args.clip_coef).float(), mb["choice"])
-                values = (pg_loss, v_loss, entropy_loss, approx_kl, clipfrac, grad_norm)
-                for name, value in zip(LOSSES, values, strict=True):
-                    losses[name].append(value.detach())
+                losses.append(torch.stack((pg_loss, v_loss, entropy_loss, approx_kl, clipfrac, grad_norm)).detach())
 
         # ---- logging
-        losses = {name: torch.stack(values) for name, values in losses.items()}  # each (minibatches,)
+        losses = torch.stack(losses)  # (minibatches, LOSSES)
         weights = torch.stack([parameter.abs().max() for parameter in agent.parameters()])
-        by_time = torch.stack(list(losses.values())).T.tolist()  # (minibatches, losses)
-        wrong = [name for now in by_time for name, x in zip(losses, now, strict=True) if not np.isfinite(x)]
+        wrong = [name for now in losses.tolist() for name, x in zip(LOSSES, now, strict=True) if not np.isfinite(x)]
         wrong += [] if weights.isfinite().all() else ["largest weight"]
         if wrong:  # nothing of this iteration is saved
             raise Refusal(f"The {wrong[0]} is not finite in iteration {iteration}: lower --learning-rate, begin anew.")
@@ -1164,8 +1164,7 @@ if __name__ == "__main__":
         for name, values in {**episodes, "full_episodes": full}.items():
             row[f"charts/{name}"] = float(np.mean(values)) if values else None  # blank where no episode ended
         row["charts/active_cells"] = (batch["active"].sum() / args.batch_size).item()
-        for name, values in losses.items():
-            row[f"losses/{name}"] = values.mean().item()
+        row |= {f"losses/{name}": value for name, value in zip(LOSSES, losses.mean(0).tolist(), strict=True)}
         errors = (batch["returns"] - batch["values"])[batch["active"]]
         row["losses/explained_variance"] = (1 - errors.var() / batch["returns"][batch["active"]].var()).item()
         for name, value in row.items():
@@ -1202,5 +1201,6 @@ if __name__ == "__main__":
 
     # ---- the end
     print(f"{run_dir} is finished; play its policy with tools/evaluate.py {run_dir}", flush=True)
-    envs.close()
+    for process in envs.processes:  # no need to wait for them
+        process.kill()
     writer.close()
