@@ -572,6 +572,29 @@ def test_the_picture_is_of_the_checkpoints_trajectories(runs, tmp_path):
         class_curves.draw(runs["short"], tmp_path / "picture.png")  # two trajectories are too few
 
 
+def test_accuracy_is_by_the_classes_that_are_told(runs, monkeypatch):
+    whole = class_curves.read_classes(runs["short"])
+    told, own = class_curves.play(*whole, "cave", 0)
+    kind_known = told >= 0
+    assert told.shape[1] == 9 and kind_known[:, -1].all() and own in (0, 1)
+    again, _ = class_curves.play(*whole, "cave", 0)
+    assert (told == again).all()
+    played = {"cave": (np.array([[0, -1], [0, 1]]), 0), "mountain": (np.array([[0, 1], [1, 1]]), 1)}
+    monkeypatch.setattr(class_curves, "play", lambda *given: played.get(given[4], played["cave"]))
+    classes = whole[3]
+    monkeypatch.setattr(class_curves, "read_classes", lambda run: whole)
+    whole[1].tasks = ["cave", "mountain"]
+    monkeypatch.setattr(classes, "look", lambda: [None] * 4 + [torch.tensor([0, 0, 1, -1])])
+    classes.task = torch.tensor([0, 0, 1, 1])  # class 0 is caves, class 1 is mountains
+    lines = list(class_curves.accuracy(runs["short"], 1))
+    assert "2 games; the commonest class has 1" in lines[0]
+    assert lines[1].split() == ["0", "to", "0", "0.67", "0.67"]
+    assert lines[2].split() == ["1", "to", "7", "0.75", "0.75"]
+    whole[1].class_source = "task"
+    with pytest.raises(tools.Refusal, match="no predicted classes"):
+        list(class_curves.accuracy(runs["short"], 1))
+
+
 def test_the_matrix_compares_map_by_map():
     games = {("mixed", "cave"): [1.0, 2.0, 6.0], ("cave", "cave"): [2.0, 3.0, 7.5]}
     games = {key: [{"episodic_return": x} for x in values] for key, values in games.items()}
