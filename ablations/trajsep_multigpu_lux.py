@@ -1044,9 +1044,7 @@ if __name__ == "__main__":
     start = checkpoint or {"iteration": 0, "seconds": 0.0, "rows": [], "recent": [], "best": -np.inf}
     rows, recent, best = start["rows"], deque(start["recent"], maxlen=16), start["best"]  # recent episodes' returns
     if checkpoint is None:
-        seeds = np.random.SeedSequence(args.seed).generate_state(whole.num_envs)[rank * args.num_envs :][
-            : args.num_envs
-        ]
+        seeds = np.random.SeedSequence(args.seed).generate_state(whole.num_envs).reshape(ranks, -1)[rank]
         envs.reset_async(seed=[int(seed) for seed in seeds])
         next_obs = to_tensors(envs.reset_wait(timeout=60)[0], device)
     else:
@@ -1075,10 +1073,8 @@ if __name__ == "__main__":
     # ---- the run's folder
     # Differs from ppo_trajsep_lux: the ranks
     os.makedirs(run_dir, exist_ok=True)
-    lock = FileLock(in_run("lock"), timeout=0)
     try:
-        if rank == 0:
-            lock.acquire()
+        lock = FileLock(in_run("lock"), timeout=0).acquire() if rank == 0 else None
     except Timeout:
         raise Refusal(f"Another process is writing to {run_dir}: choose another --run-name.") from None
     if checkpoint is None and rank == 0:
@@ -1201,7 +1197,8 @@ if __name__ == "__main__":
         errors = (batch["returns"] - batch["values"])[batch["active"]]
         row["losses/explained_variance"] = (1 - errors.var() / batch["returns"][batch["active"]].var()).item()
         part = {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
-        part |= {"next_obs": next_obs, "games": envs.get_attr("game")}
+        envs.call_async("game")
+        part |= {"next_obs": next_obs, "games": envs.call_wait(timeout=60)}
         dist.all_gather_object(everybody, part)
         if rank > 0:  # rank 0 logs and saves
             continue
