@@ -69,7 +69,7 @@ class Args:
     cuda: bool = True
     """if toggled, the GPU is used where there is one"""
     bf16: bool = field(default_factory=computes_in_bf16)
-    """if toggled, the convolutions run under bfloat16 autocast (default: where the machine has it)"""
+    """if toggled, the convolutions run under bfloat16 autocast (default: if GPU, or else CPU, is fast in it)"""
     track: bool = False
     """if toggled, this experiment will be tracked with Weights and Biases (project: WANDB_PROJECT)"""
 
@@ -192,7 +192,7 @@ def check_args(args):
 # A team's units and factories come and go, so each stands in a slot: `max_units` slots for units,
 # then one for each factory. Tensors per slot are (T, B, K): T steps, B environments (times sides), K
 # slots; `entity_mask` says which are taken. A group is the slots that share a trajectory, a cell one
-# (step, environment, group): the unit of all that follows, (T, B, G). dones[t] says that the group
+# (step, environment, group): what all that follows counts in, (T, B, G). dones[t] says that the group
 # ended in the step that took obs[t] to obs[t + 1] (CleanRL notes it at t + 1): nothing later flows back over it.
 
 EMPTY, LIGHT, HEAVY, FACTORY = range(4)  # kind of entity in a slot
@@ -219,7 +219,7 @@ class Trajectories(NamedTuple):
     """The rollout by group; every tensor (T, B, G)."""
 
     rewards: torch.Tensor  # sum of the members'
-    dones: torch.Tensor  # 1 where no member that acted survived the step
+    dones: torch.Tensor  # 1 where members acted and none survived the step
     values: torch.Tensor  # sum of the members'
     next_values: torch.Tensor  # of the members that acted and survived, at their new pixels
     active: torch.Tensor  # the group had a member
@@ -254,7 +254,7 @@ def compute_gae(trajectories, gamma, gae_lambda):
     advantages = torch.zeros_like(rewards)
     lastgaelam = torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
-        delta = rewards[t] + gamma * next_values[t] - values[t]  # no (1 - dones): next_values tell what is left
+        delta = rewards[t] + gamma * next_values[t] - values[t]  # no (1 - dones): next_values are 0 after an end
         lastgaelam = active[t] * (delta + gamma * gae_lambda * (1.0 - dones[t]) * lastgaelam)
         advantages[t] = lastgaelam
     return advantages
@@ -549,7 +549,7 @@ class View:
             if entity in numbers:
                 unit = obs["units"][player][entity]
                 kind, queue = LIGHT if unit["unit_type"] == "LIGHT" else HEAVY, unit["action_queue"]
-                queued = REPEATED.get(tuple(queue[0][:2]), -1) if len(queue) else NO_OP
+                queued = REPEATED.get(tuple(queue[0][:2]), -1) if len(queue) else NO_OP  # -1: another
                 row = (slot, numbers[entity], kind, unit["power"], unit["cargo"]["ice"], queued, tuple(unit["pos"]))
                 units.append(row)
             elif entity is not None:
@@ -560,7 +560,7 @@ class View:
         own = steps_to(self.factories["pos"], self.size)
         enemies = [factory["pos"] for factory in obs["factories"][self.enemy].values()]
         self.home = own.min(0, initial=20)  # steps to the nearest own factory, at most 20: (size, size)
-        self.owner = np.where(own == 0, np.arange(len(own))[:, None, None], -1).max(0, initial=-1)  # own factory there
+        self.owner = np.where(own == 0, np.arange(len(own))[:, None, None], -1).max(0, initial=-1)  # its row, or -1
         self.foe = (steps_to(np.reshape(enemies, (-1, 2)), self.size) == 0).any(0)  # an enemy factory is there
         self.rubble = np.where(self.foe, FORBIDDEN, self.board["rubble"])
         strains = self.board["lichen_strains"]
@@ -569,7 +569,7 @@ class View:
         self.lichen[self.factories["slot"]] = [(strains == strain).sum() for strain in self.factories["id"]]
         # in this step or the one before: the engine judges the cost of watering by both
         self.most_lichen = self.lichen if previous is None else np.maximum(self.lichen, previous.lichen)
-        # the own factory under (0), above, right, below or left of each unit, -1 for none: (n, 5)
+        # row of the own factory under (0), above, right, below or left of each unit, -1 for none: (n, 5)
         self.touching = look(self.owner, self.units["pos"][:, None] + DELTAS, -1)
 
     def step_costs(self, units, tiles):
@@ -593,14 +593,14 @@ class View:
 
 
 def make_planes(view):
-    """The map as the network sees it: float16 (18, map_size, map_size), scaled to about [0, 1].
+    """The map as the network sees it: float16 (18, map_size, map_size), scaled to about [0, 2].
 
     0 rubble, 1 ice, 2 steps to the nearest own factory (in tens), 3 own lichen, 4 enemy lichen,
     5 own factory, 6 enemy factory, 7-10 power, water, metal and ice of own factories (on their nine
     tiles), 11 own light unit, 12 own heavy unit, 13 enemy unit (light 0.5, heavy 1), 14 own unit's
     power, 15 own unit's ice, 16 time of day, 17 time of the episode. Power enters as a square root,
-    because what matters is how many more actions the last of it pays for. No plane holds a team
-    total, which would leak the whole map into a local critic.
+    because a little more matters most where little is left. No plane holds a team total, which would
+    leak the whole map into the local critic of IPPO.
     """
     board, units, factories = view.board, view.units, view.factories
     planes = np.zeros((NUM_PLANES, view.size, view.size), dtype=np.float16)
@@ -653,9 +653,9 @@ def action_masks(view):
     centre_free = (factories["pos"][:, None] != units["pos"]).any(-1).all(1)  # (f,) no enemy can be there
     metal, power = factories["metal"][:, None], factories["power"][:, None]
     can_build = centre_free[:, None] & (metal >= METAL_COST[LIGHT:]) & (power >= POWER_COST[LIGHT:])  # (f, 2)
-    # whoever can build a heavy can build a light
-    in_time = can_build[:, :1].cumsum(0) <= view.max_units - len(units)
-    mask[factories["slot"], BUILD_LIGHT : BUILD_HEAVY + 1] = can_build & in_time
+    # a slot is left if all before it build as well; whoever can build a heavy can build a light
+    has_slot = can_build[:, :1].cumsum(0) <= view.max_units - len(units)
+    mask[factories["slot"], BUILD_LIGHT : BUILD_HEAVY + 1] = can_build & has_slot
     cost = np.ceil((len(RING) + 5 * view.most_lichen[factories["slot"]]) / 10)  # at most: lichen and what touches it
     mask[factories["slot"], WATER] = view.can_grow() & (factories["water"] > cost)
     return mask
@@ -707,13 +707,13 @@ def engine_actions(view, mask, action):
     moving, deliver = np.flatnonzero((act > NO_OP) & (act <= LEFT)), act == DELIVER
     budget = power - 2 * update  # one update now, one to cancel
     room = battery - (power - update)  # more power than that would be wasted
-    repeats = np.where(act == DIG, budget // DIG_COST[units["kind"]], 1)
-    repeats[moving] = view.reach(sent[moving], act[moving], budget[moving])
+    times = np.where(act == DIG, budget // DIG_COST[units["kind"]], 1)
+    times[moving] = view.reach(sent[moving], act[moving], budget[moving])
     orders = np.zeros((len(units), 1, 6), dtype=np.int64)  # queues of one: type, direction, resource, amount, repeat, n
     orders[:, 0, :3] = ORDERS[act]
     orders[:, 0, 1] += deliver * (touching >= 0).argmax(1)
     orders[:, 0, 3] = deliver * units["ice"] + (act == PICK_UP) * room
-    orders[:, 0, 5] = np.maximum(repeats, 1)
+    orders[:, 0, 5] = np.maximum(times, 1)
     engine = {view.ids[s]: order[: int(a != NO_OP)] for s, order, a in zip(units["slot"], orders, act, strict=True)}
     for slot, choice in zip(factories["slot"], chosen, strict=True):
         if choice != NO_OP:
@@ -726,8 +726,8 @@ def entity_rewards(args, kind, lost, ice_dug, ice_delivered, ice_received, rubbl
 
     All arguments after `args` are (num_slots,), `kind` that before the step; what a new term needs to know
     is noted in `MeteredLux`. Ice pays when it is dug (found early, by chance) and when it is delivered
-    (what the team needs; unit-to-unit transfers could be farmed), there also to the factory: in all
-    0.002 a piece, as in the paper's tables. Rubble on ice pays, since it takes some three digs.
+    to a factory (what the team needs; between units it could be farmed), to unit and factory alike: in
+    all 0.002 a piece, as in the paper's tables. Rubble on ice pays, since it takes some three digs.
     """
     survival = np.where(lost, args.reward_factory_lost, args.reward_factory_alive)
     factory = args.reward_ice_received * ice_received + args.reward_lichen * lichen_gained + survival
@@ -753,7 +753,7 @@ def turn_actions(symmetry):
 
 
 TURNED = np.stack([turn_actions(symmetry) for symmetry in range(8)])
-TURNED_BACK = TURNED.argsort(1)  # the inverse permutations: which action has become each
+TURNED_BACK = TURNED.argsort(1)  # the inverse permutations: which action each was before
 
 
 def observe(view, mask, symmetry):
@@ -792,8 +792,8 @@ class LuxEnv(gym.Env):
     `planes` (sides, 18, map_size, map_size); per slot `pixel`, `kind`, `unit_id`, `action_mask`; and
     `reward` and `done` of the step that led here, by the slots before it, because gymnasium's vector
     environments carry but one reward an environment. An action is an integer per side and slot;
-    illegal ones count as NO_OP. An episode ends, by termination, after 1,000 steps or with a side's
-    last factory.
+    illegal ones count as NO_OP. An episode ends, by termination, after 1,000 steps or with the loss of
+    a side's last factory.
 
     Training maps come from the environment's own generator (`reset(seed=...)`), map n by
     `reset(options={"map_seed": n})`. With `augment`, each observation is turned or mirrored by chance,
@@ -811,7 +811,7 @@ class LuxEnv(gym.Env):
         self.engine = MeteredLux(**rules)
         slots = (len(self.players), self.num_slots)
         self.observation_space = gym.spaces.Dict(
-            planes=gym.spaces.Box(0, 4, (len(self.players), NUM_PLANES, args.map_size, args.map_size), np.float16),
+            planes=gym.spaces.Box(0, 2, (len(self.players), NUM_PLANES, args.map_size, args.map_size), np.float16),
             pixel=gym.spaces.Box(0, args.map_size**2 - 1, slots, np.int64),
             kind=gym.spaces.Box(EMPTY, FACTORY, slots, np.int8),
             unit_id=gym.spaces.Box(0, 2**31 - 1, slots, np.int32),
@@ -858,8 +858,8 @@ class LuxEnv(gym.Env):
     def _observe(self, obs, rewards, dones):
         self.symmetry = int(self.np_random.integers(8)) if self.args.augment else 0
         sides = zip(self.players, self.ids, self.numbers, self.views, strict=True)
-        units = self.args.max_units
-        self.views = [View(obs, player, ids, numbers, units, last) for player, ids, numbers, last in sides]
+        slots = self.args.max_units
+        self.views = [View(obs, player, ids, numbers, slots, last) for player, ids, numbers, last in sides]
         self.masks = [action_masks(view) for view in self.views]
         sides = [observe(view, mask, self.symmetry) for view, mask in zip(self.views, self.masks, strict=True)]
         self.kinds = [side["kind"] for side in sides]
@@ -913,7 +913,7 @@ def make_worker_env(args):
     in_worker = multiprocessing.parent_process() is not None  # gymnasium makes one in the main process as well
     if in_worker and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: also if the main process is killed
-    if in_worker:  # it would tell at length of that end; its errors go to the main process
+    if in_worker:  # gymnasium would print a traceback of that end; errors go to the main process
         sys.stderr = open(os.devnull, "w")
     for number in (signal.SIGINT, signal.SIGTERM) if in_worker else ():
         signal.signal(number, signal.SIG_IGN)
@@ -953,7 +953,7 @@ def explain(envs, kind, error, trace):
         lost = [i for i, pipe in enumerate(envs.parent_pipes) if not pipe.poll()]
     if lost:
         sentence = f"The process of environment {lost[:9]} died or hangs: go on with --resume."
-    elif isinstance(error, (OSError, EOFError, MemoryError)) or "memory" in sentence:  # torch's are RuntimeErrors
+    elif isinstance(error, (OSError, EOFError, MemoryError)) or re.search("out of memory|allocate", sentence):
         sentence += ": see to it (disk, memory, output, or fewer --num-envs), then go on with --resume."
     elif not isinstance(error, Refusal) and not kind.__module__.startswith("wandb"):
         sys.__excepthook__(kind, error, trace)
@@ -964,7 +964,7 @@ def explain(envs, kind, error, trace):
 def save(content, path):
     """Write a file of tensors and settings, whole or not at all."""
     buffer = io.BytesIO()
-    torch.save(content, buffer)  # on a full disk it would hide the error behind one of its own
+    torch.save(content, buffer)  # to a full disk it would hide the error behind one of its own
     with open(path + ".tmp", "wb") as file:
         file.write(buffer.getbuffer())
         file.flush()
@@ -1045,7 +1045,7 @@ if __name__ == "__main__":
 
     # ---- storage
     num_slots = args.max_units + args.factories_per_team
-    num_groups = (args.num_groups or args.max_units) + args.factories_per_team
+    total_groups = (args.num_groups or args.max_units) + args.factories_per_team
     num_rows = args.batch_size // args.num_steps  # environments times sides
     shape = (args.num_steps, num_rows, num_slots)
     obs = {key: value.new_zeros(args.num_steps, *value.shape) for key, value in next_obs.items()}
@@ -1057,7 +1057,7 @@ if __name__ == "__main__":
     # ---- the run's folder
     os.makedirs(run_dir, exist_ok=True)
     try:
-        lock = FileLock(in_run("lock"), timeout=0).acquire()
+        lock = FileLock(in_run("lock"), timeout=0).acquire()  # held as long as the name lives
     except Timeout:
         raise Refusal(f"Another process is writing to {run_dir}: choose another --run-name.") from None
     if checkpoint is None:
@@ -1107,17 +1107,17 @@ if __name__ == "__main__":
         entity_mask = obs["kind"] != EMPTY  # (num_steps, num_rows, num_slots)
         group = group_index(obs["unit_id"], args.max_units, args.num_groups)
         trajectories = separate_trajectories(
-            entity_reward, entity_dones, entity_values, group, entity_mask, obs["action_mask"], num_groups
+            entity_reward, entity_dones, entity_values, group, entity_mask, obs["action_mask"], total_groups
         )
-        advantages = compute_gae(trajectories, args.gamma, args.gae_lambda)  # (num_steps, num_rows, num_groups)
+        advantages = compute_gae(trajectories, args.gamma, args.gae_lambda)  # (num_steps, num_rows, total_groups)
         returns = advantages + trajectories.values
         selected = select_cells(advantages, returns, trajectories.active, args.keep, args.samples_per_step)
-        batch = {  # a row is the map of one (step, environment) with all its cells
+        batch = {  # a row is one map with all its cells: of a (step, environment, side)
             **obs,
             "actions": actions,
             "group": group,
             "entity_mask": entity_mask,
-            "logprobs": group_sum(entity_logprobs, group, entity_mask, num_groups),
+            "logprobs": group_sum(entity_logprobs, group, entity_mask, total_groups),
             "advantages": advantages,
             "returns": returns,
             "values": trajectories.values,
@@ -1133,7 +1133,7 @@ if __name__ == "__main__":
             for mb_inds in b_inds.split(args.batch_size // args.num_minibatches):
                 mb = {key: value[mb_inds] for key, value in batch.items()}  # (minibatch size, ...)
                 distribution = agent.get_distribution(mb)
-                members = (mb["group"], mb["entity_mask"], num_groups)
+                members = (mb["group"], mb["entity_mask"], total_groups)
                 newlogprob = group_sum(distribution.log_prob(mb["actions"]), *members)
                 entropy = group_sum(distribution.entropy(), *members)
                 newvalue = group_sum(agent.get_value(mb), *members)
@@ -1168,7 +1168,7 @@ if __name__ == "__main__":
         row["charts/rollout_seconds"] = update_start - rollout_start
         row["charts/update_seconds"] = time.time() - update_start
         row["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-        row["charts/episodes"] = len(full)  # that ended in this iteration; the next are their means
+        row["charts/episodes"] = len(full)  # that ended in this iteration; their means follow
         for name, values in {**episodes, "full_episodes": full}.items():
             row[f"charts/{name}"] = float(np.mean(values)) if values else None  # blank where no episode ended
         row["charts/active_cells"] = (batch["active"].sum() / args.batch_size).item()
@@ -1182,7 +1182,7 @@ if __name__ == "__main__":
         if seconds - last_line > 30 or iteration == args.num_iterations:
             last_line, left = seconds, seconds / iteration * (args.num_iterations - iteration) / 60
             line = f"step {global_step:,}, {row['charts/SPS']:.0f} steps/s, {left:.0f} minutes left"
-            known = [past for past in (*rows, row) if past["charts/episodes"]][-1:]  # where an episode ended
+            known = [past for past in (*rows, row) if past["charts/episodes"]][-1:]  # the newest, if any
             for name in ("episodic_return", "episodic_length", "ice_transferred"):
                 line += "".join(f", {name} {past[f'charts/{name}']:.1f}" for past in known)
             print(line, flush=True)

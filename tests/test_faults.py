@@ -556,6 +556,19 @@ def test_too_few_file_descriptors(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_an_error_that_speaks_of_memory_keeps_its_traceback(monkeypatch):
+    said = []
+    monkeypatch.setattr(script, "leave", lambda status, sentence: said.append(sentence))
+    monkeypatch.setattr(sys, "__excepthook__", lambda *error: said.append("traceback"))
+    shared = RuntimeError("more than one element of the written-to tensor refers to a single memory location")
+    cpu = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000000000000 bytes")
+    gpu = RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    for error in (shared, KeyError("memory"), cpu, gpu):
+        script.explain(None, type(error), error, None)
+    assert [sentence == "traceback" for sentence in said] == [True, False, True, False, False, False]
+    assert "error in the code" in said[1] and "fewer --num-envs" in said[4] and "fewer --num-envs" in said[5]
+
+
 def test_more_memory_than_there_is(tmp_path):
     flags = f"{TINY} --run-name big --num-steps 400000000 --total-timesteps 1000000000"
     one_sentence(run(tmp_path, flags, check=False), "memory")
