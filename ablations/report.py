@@ -34,10 +34,10 @@ the first. Beside it the **end**, the episodes of the last two windows, and the 
 1,000 steps, a full one, ended ("10% full": the first window with that share of them, over all runs). Each number is a \
 mean over runs with its 95% interval: from five runs on by the BCa bootstrap, with the interquartile mean (IQM) beside \
 it, below by Student's t, because a bootstrap of three is too narrow. A **ratio** is the second's mean over the \
-first's. Its interval holds every ratio r for which Welch's test does not tell the second from r times the first: that \
-is sound for three runs, spans 1 exactly where Welch's p is above 0.05, and has no end where the first may be 0. p has \
-Holm's correction for all tests of the table; d is Cohen's. In pictures a band is the interval; below five runs thin \
-lines show each run instead.
+first's. Its interval holds the ratios r around it for which Welch's test does not tell the second from r times the \
+first: that is sound for three runs, spans 1 exactly where Welch's p is above 0.05, and has no end where the first may \
+be 0. p has Holm's correction for all tests of the table; d is Cohen's. In pictures a band is the interval; below five \
+runs thin lines show each run instead.
 """
 VERDICTS = """A claim `first > second` **agrees** if the interval of the ratio lies below 1 and holds the paper's \
 ratio; it **agrees in order only** if the paper's ratio (in brackets) is outside or not given; it is **not decided** \

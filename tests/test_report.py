@@ -98,6 +98,9 @@ def test_the_interval_of_a_ratio():
         decided += p < 0.05
     assert 5 < decided < 55
     assert curves.compare(np.array([0.0, 1.0, 9.0]), np.array([50.0, 60.0, 55.0]))["high"] == np.inf
+    small, large = np.array([0.0, 12, 51]), np.array([2917.0, 3022, 2984, 4687])  # -400 times as likely as 164 times
+    found = curves.compare(small, large)
+    assert found["p"] < 0.05 and 1 < found["low"] < found["ratio"] < found["high"] == np.inf
     assert curves.compare(first[:1], second) is None
     same = curves.compare(np.ones(3), np.ones(3))
     assert (same["ratio"], same["low"], same["high"], same["p"]) == pytest.approx((1, 1, 1, 1), rel=1e-3)
