@@ -171,7 +171,7 @@ def compare(first, second):
         d = np.divide(first.mean() - second.mean(), np.sqrt((first.var(ddof=1) + second.var(ddof=1)) / 2))
     told = RATIOS[welch(first, second, RATIOS) < 0.05]  # apart; the rest can lie on both sides of it
     below, above = told[told < ratio].max(initial=-np.inf), told[told > ratio].min(initial=np.inf)
-    likely = [*RATIOS[(RATIOS > below) & (RATIOS < above)], ratio]
+    likely = [*RATIOS[np.searchsorted(RATIOS, below, "right") : np.searchsorted(RATIOS, above)], ratio]
     low = max(min(likely), 0.0) if min(*first, *second) >= 0 else min(likely)
     high = max(likely) if max(likely) < RATIOS[-1] else np.inf
     return {"ratio": ratio, "low": low, "high": high, "p": float(welch(first, second)), "d": d}
