@@ -81,6 +81,19 @@ def test_greedy_play_and_another_map_size(run):
     assert larger.map_size == 32 and evaluate.play(0, where | {"map_size": 32}, False) != sampled
 
 
+def test_lichen_is_what_the_factories_are_paid_for(run, tmp_path):
+    content = torch.load(run / "model.pt", weights_only=True)
+    content["args"]["reward_lichen"] = 1.0
+    torch.save(content, tmp_path / "model.pt")
+    (tmp_path / "script.py").write_bytes((run / "script.py").read_bytes())
+    where = {"best": False, "script": None, "map_size": None}
+    found = [[evaluate.play(n, where | {"run": folder}, False) for n in range(6)] for folder in (run, tmp_path)]
+    assert sum(paid["lichen_gained"] for paid in found[1]) > 0
+    for plain, paid in zip(*found, strict=True):
+        assert paid["episodic_return"] - plain["episodic_return"] == pytest.approx(paid["lichen_gained"], abs=1e-3)
+        assert 0 <= paid["lichen"] <= paid["lichen_gained"]
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -612,7 +612,8 @@ def test_cross_play_plays_the_task_and_evaluates_as_the_tools_do(runs, tmp_path)
     (tmp_path / "script.py").write_bytes((runs["four"] / "script.py").read_bytes())
     played = cross_play.play(runs["four"], "mountain-lean", 3)
     where = {"run": tmp_path, "best": False, "script": None, "map_size": None}
-    assert played == evaluate.play(3, where, False) != cross_play.play(runs["four"], "cave", 3)
+    assert played.items() <= evaluate.play(3, where, False).items()
+    assert played != cross_play.play(runs["four"], "cave", 3)
 
 
 def test_a_trial_of_classes_tells_tasks_apart_that_differ_and_no_others(monkeypatch):

@@ -1,9 +1,10 @@
 """Play a trained policy on fixed maps and print what it did: a mean over maps, each played once.
 
-Training never draws these maps, and the numbers do not depend on --jobs. Actions are sampled, as in
-training. With --greedy the likeliest action is taken, and the team can stand still: what is done once in a
-while, as building a unit, may never be the single likeliest action. A run's first policy brought 22,267
-ice and lived 1,000 steps with sampled actions, 0 ice and 151 steps with greedy ones.
+Training never draws these maps, and the numbers do not depend on --jobs. `lichen_gained` is what the own
+factories gained in all steps, `lichen` what they have when the game ends: each side's. Actions are sampled, as
+in training. With --greedy the likeliest action is taken, and the team can stand still: what is done once in a
+while, as building a unit, may never be the single likeliest action. A run's first policy brought 22,267 ice and
+lived 1,000 steps with sampled actions, 0 ice and 151 steps with greedy ones.
 The script beside the model is run as a program: play only runs that you trust.
 
     python tools/evaluate.py runs/NAME
@@ -35,11 +36,14 @@ def play(map_seed, where, greedy):
         obs, _ = env.reset(options={"map_seed": map_seed}, seed=map_seed)
     except script.Refusal as error:
         raise load.Refusal(str(error)) from None
-    over = False
+    own, gained, over = np.concatenate([view.factories["id"] for view in env.views]), 0, False
     while not over:
         _, action = load.act(agent, obs, generator, greedy)
         obs, _, over, _, info = env.step(action.numpy())
-    return {name: float(info["episode"][name]) for name in script.EPISODE_STATS}
+        gained += sum(env.engine.meters["lichen_gained"][f"factory_{number}"] for number in own)
+    stats = {name: float(info["episode"][name]) for name in script.EPISODE_STATS}
+    lichen = {"lichen_gained": gained, "lichen": env.engine.lichen()[own].sum()}
+    return stats | {name: float(value) / len(env.views) for name, value in lichen.items()}
 
 
 def evaluate(flags):
@@ -66,12 +70,12 @@ def evaluate(flags):
             pool.shutdown(cancel_futures=True)
             raise
     maps = [game.result() for game in games]
-    mean = {name: float(np.mean([stats[name] for stats in maps])) for name in script.EPISODE_STATS}
-    std = {name: float(np.std([stats[name] for stats in maps])) for name in script.EPISODE_STATS}
+    mean = {name: float(np.mean([stats[name] for stats in maps])) for name in maps[0]}
+    std = {name: float(np.std([stats[name] for stats in maps])) for name in maps[0]}
     how = "the likeliest" if flags.greedy else "sampled"
     where = f"maps 0 to {flags.episodes - 1} of {args.map_size}x{args.map_size}"
     print(f"{flags.run}: {where}, actions {how}; mean and standard deviation over maps")
-    for name in script.EPISODE_STATS:
+    for name in mean:
         print(f"{name:<18}{mean[name]:>12,.2f} +- {std[name]:,.2f}")
     if flags.json:
         content = {"run": str(flags.run), "best": flags.best, "greedy": flags.greedy, "args": asdict(args)}
