@@ -200,7 +200,7 @@ def test_claims_by_hand(tmp_path, monkeypatch, capsys):
     assert critic[6].startswith("0.67 [0.5") and critic[-1] == "**agrees**"
     assert found[names["trajsep"], names["own_reward_0"]][-1] == "**agrees in order only** (0.50 for 0.22)"
     assert found[names["own_reward_0"], names["mappo"]][-1] == "**not decided**"
-    assert found[names["trajsep"], "IPPO"][-1] == "not run"
+    assert found[names["trajsep"], "IPPO, equal shares"][-1] == "not run"
     headline = cells[2]
     assert headline[2:6] == ["44,472 > 3,066", "0.069", "not run", "not run"] and headline[-1] == "not run"
     tests = [line for line in cells[2:] if line[-1] != "not run"]
