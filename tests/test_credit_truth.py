@@ -4,6 +4,7 @@ import json
 import pickle
 import sys
 from argparse import Namespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ import branches  # noqa: E402
 import credit_truth  # noqa: E402
 import estimates  # noqa: E402
 import load  # noqa: E402
+import watch  # noqa: E402
 
 GAMMA = 0.99
 KEYS = ("slope", "correlation", "rank", "noise", "signs")
@@ -113,7 +115,7 @@ def test_the_truth_by_hand(scene):
 def test_branches_share_their_chance(scene):
     """The same first action again gives the same rewards, another seed others; the game's end pays no more."""
     env, _, action = scene
-    one, same = branches.futures(ANY, env, [action, action], 24, 0)
+    one, same = branches.futures(ANY, env, [action, action], 24, 2)
     assert one.tolist() == same.tolist() and np.abs(one[1:] - 0.001).max() > 1e-6
     assert branches.futures(ANY, env, [action], 24, 1)[0].tolist() != one.tolist()
     late = branches.copy_of(env)
@@ -136,7 +138,7 @@ def table(rng, states=200, entities=5, error=0.0):
     }
     truth |= {"policy": 2 * rng.standard_normal(n), "policy_error": np.full(n, error), "action": np.ones(n, dtype=int)}
     truth |= {"living": rng.integers(3, 20, n), "long": np.full(n, np.nan), "still": np.zeros(n)}
-    truth |= {"near": truth["policy"], "near_error": truth["policy_error"]}
+    truth |= {"near": truth["policy"], "near_error": truth["policy_error"], "inner_error": np.full(n, error**2)}
     return truth | {"no_op": truth["policy"], "no_op_error": truth["policy_error"]}
 
 
@@ -164,7 +166,8 @@ def test_an_oracle_gets_what_it_must():
         assert value[name] == pytest.approx(number, abs=0.12) and low < number < high and high - low < 0.5, name
     exact = credit_truth.summary(parent, truth, [verdict(truth["policy"])])
     for group in ("all", "light", "heavy", "factory", "against no-op"):
-        assert [exact[group]["value"][key] for key in KEYS] == pytest.approx([1, 1, 1, 0, 1])
+        assert [exact[group]["value"][key] for key in KEYS] == pytest.approx([1, 1, 1, 0, 1], abs=1e-6)
+        assert exact[group]["without_one"] == pytest.approx([1, 1])
     groups = credit_truth.groups_of(parent, truth)
     assert sum(rows.sum() for name, (rows, _) in groups.items() if name[:4] in ("few ", "some", "many")) == 1000
 
@@ -178,9 +181,64 @@ def test_the_truths_own_error_bounds_the_correlation():
     assert quality["ceiling"] == pytest.approx(0.8, abs=0.03) and quality["error"] == pytest.approx(1.5)
     found = credit_truth.summary(parent, truth, [verdict(exact)])["all"]["value"]
     assert found["correlation"] == pytest.approx(quality["ceiling"], abs=0.03)
-    assert found["slope"] == pytest.approx(quality["reliability"], abs=0.05)
-    assert found["spread"] == pytest.approx(1, abs=0.05)  # the error is taken off the truth's spread
+    assert found["slope"] == pytest.approx(1, abs=0.06) and found["noise"] < 0.15  # the error is taken off
+    assert found["spread"] == pytest.approx(1, abs=0.05)  # here as well
+    twice = credit_truth.summary(parent, truth, [verdict(exact + 4 * rng.standard_normal(1000))])["all"]["value"]
+    assert twice["noise"] == pytest.approx(2, abs=0.15) and twice["std"] == pytest.approx(20**0.5, abs=0.2)
+    nothing = credit_truth.measure(np.ones(9) + rng.random(9), np.full(9, 5.0), np.ones(9), rng.random(9), np.ones(9))
+    assert np.isnan(nothing["noise"]) and np.isnan(nothing["slope"])  # an error larger than the spread
     assert found["signs"] > 0.95  # only where the truth is two errors from 0: of all, 80% would be right
+
+
+def test_one_action_that_makes_the_correlation_is_named():
+    rng = np.random.default_rng(0)
+    truth, estimate = table(rng, states=20), rng.standard_normal(100)
+    truth["policy"][7], estimate[7] = 60.0, 30.0
+    found = credit_truth.summary(parent, truth, [verdict(estimate)])["all"]
+    low, high = found["without_one"]
+    assert found["value"]["correlation"] > 0.8 and low < 0.25 and high >= found["value"]["correlation"]
+    assert abs(found["value"]["rank"]) < 0.3
+    assert credit_truth.quality(truth["policy_error"], truth["policy"])["largest"] > 0.8
+
+
+def test_ranks_are_within_kinds():
+    """An estimate that only knows that heavies matter more than lights orders nothing within a kind."""
+    rng = np.random.default_rng(0)
+    truth = table(rng)
+    kinds = 10.0 * (truth["kind"] == HEAVY)
+    truth["policy"] = truth["policy"] + kinds
+    found = credit_truth.summary(parent, truth, [verdict(kinds + rng.standard_normal(1000))])["all"]["value"]
+    assert found["correlation"] > 0.8 and abs(found["rank"]) < 0.1
+    ranks = credit_truth.ranks_within(np.array([1, 2, 1, 1, 2]), np.array([5.0, -1, 9, 7, 3]))
+    assert ranks == pytest.approx([-1 / 3, -1 / 4, 1 / 3, 0, 1 / 4])
+
+
+def test_errors_that_entities_share_do_not_widen_the_spread_among_them(scene):
+    """Seeds that move the returns of all entities alike are no error of the differences among these."""
+    _, obs, action = scene
+    legal = obs["action_mask"][0].astype(bool)
+    legal &= legal.sum(-1, keepdims=True) > 1  # the others have no choice
+    rng, shape = np.random.default_rng(0), (200, *legal.shape)
+    probs = legal / legal.sum(-1, keepdims=True).clip(1)
+    together = np.where(legal, 0, np.nan) + np.zeros(shape)
+    together[:, [0, 1, 6], action[[0, 1, 6]]] += rng.standard_normal((200, 1))
+    apart = np.where(legal, 0, np.nan) + np.zeros(shape)
+    apart[:, [0, 1, 6], action[[0, 1, 6]]] += rng.standard_normal((200, 3))
+    legal_shares = 1 - 1 / legal.sum(-1)[[0, 1, 6]]
+    found = [branches.true_advantages(x, probs, action)["inner_error"] for x in (together, apart)]
+    assert found[0] == pytest.approx(legal_shares.var(ddof=1) / 200, rel=0.3)
+    assert found[1] == pytest.approx((legal_shares**2).mean() / 200, rel=0.3) and found[1] > 5 * found[0]
+
+
+def test_the_share_of_a_variance_by_hand():
+    """Three games; advantages 1, 3 and 2, 6 and 0, 0, of which 0, 1 and 0, 2 and 0, 0 are from older ones' rewards."""
+    whole, part = np.array([[1.0, 3], [2, 6], [0, 0]]), np.array([[0.0, 1], [0, 2], [0, 0]])
+    rows = [(g, 2, p.sum(), w.sum(), p @ w, w @ w) for g, (w, p) in enumerate(zip(whole, part, strict=True))]
+    one = verdict(np.ones(50)) | {"parts": {"after_death": [], "before_birth": rows}}
+    found = credit_truth.summary(parent, table(np.random.default_rng(0), states=10), [one])["all"]
+    expected = np.cov(part.ravel(), whole.ravel())[0, 1] / whole.var(ddof=1)
+    assert found["value"]["before_birth"] == pytest.approx(expected) and found["before_birth_cases"] == 3
+    assert np.isfinite(found["interval"]["before_birth"]).all() and np.isnan(found["value"]["after_death"])
 
 
 # ---- rollouts and estimators
@@ -221,6 +279,10 @@ def test_rollouts(played):
         reward = env.step(action.numpy()[None])[0]["reward"][0]
         assert np.allclose(reward, paid["rewards"][t, b])
     assert [where for where, *_ in rollout["states"]] == [(3, 0), (31, 1)]
+    games = rollout["games"]
+    assert games.shape == (32, 2) and not {*games[:, 0]} & {*games[:, 1]}
+    over = (paid["dones"].bool() | (seen["kind"][:-1] == 0)).all(-1).numpy()
+    assert ((games[1:] != games[:-1]) == over[:-1]).all()
 
 
 def test_mappo_has_no_gap(played):
@@ -258,6 +320,14 @@ def test_what_a_share_pays_is_in_units_of_the_team(played):
     mask = rollout["seen"]["kind"][:-1] > 0
     team = (rollout["paid"]["rewards"] * mask).sum(-1, keepdim=True)
     assert torch.allclose(whole[0], mask * team, atol=1e-5) and team.abs().max() > 0.001
+
+
+def test_the_critics_of_an_untrained_run_are_fitted(played):
+    """Whatever the run's own learning rate was: a run that must not learn has one of nearly 0."""
+    _, args, _ = played
+    args = replace(args, learning_rate=1e-12)
+    script = load.import_script(ROOT / "mappo_lux.py")
+    assert estimates.settings(script, args, {}).learning_rate == script.Args().learning_rate > 1e-4
 
 
 def test_critics_are_fitted(played):
@@ -365,6 +435,18 @@ def test_a_small_run(played, tmp_path, monkeypatch, capsys):
 )
 def test_flags_that_cannot_be(played, tmp_path, flags, words):
     refused(tool("credit_truth.py", played[0], *flags, cwd=tmp_path), words)
+
+
+def test_a_policy_with_a_memory_is_refused(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run")
+    loaded = load.load(run)
+    loaded[2].hidden = torch.zeros(1, 1, 4)
+    monkeypatch.setattr(load, "load", lambda *given: loaded)
+    with pytest.raises(load.Refusal, match="has a policy with a memory"):
+        credit_truth.credit_truth(Namespace(run=run, **FAST, json=None, picture=None))
+    usual = {"output": tmp_path / "x.html", "gif": None, "replay": None, "map_size": None, "map_seed": 0, "steps": 5}
+    with pytest.raises(load.Refusal, match="has a policy with a memory"):
+        watch.watch(Namespace(run=run, best=False, script=None, truth=1, **usual))
 
 
 def test_self_play_is_refused(tmp_path):

@@ -5,11 +5,13 @@ are played on with the same chance: symmetries by step; Gumbel noise by step, sl
 """
 
 import inspect
+import itertools
 from copy import deepcopy
 
 import numpy as np
 import torch
 
+GAMES = itertools.count()  # numbers of games
 QUICK = 24, 8  # for a page of tools/watch.py: steps that are looked ahead, seeds
 
 
@@ -35,6 +37,7 @@ class Games:
         self.generator = torch.Generator().manual_seed(seed)
         self.envs = [script.LuxEnv(args) for _ in range(args.num_envs)]
         self.obs = [env.reset(seed=int(self.rng.integers(2**31)))[0] for env in self.envs]
+        self.numbers = [next(GAMES) for _ in self.envs]
 
     def act(self):
         """The batch that the policy sees, its probabilities and sampled actions (B, num_slots)."""
@@ -46,6 +49,7 @@ class Games:
         """One step of environment b: the observation that ends it, in which reward and done stand."""
         last, _, over, _, _ = step(self.envs[b], action.numpy(), simulate)
         self.obs[b] = self.envs[b].reset()[0] if over else last
+        self.numbers[b] = next(GAMES) if over else self.numbers[b]
         return last
 
     def scatter(self, steps):
@@ -60,9 +64,10 @@ class Games:
         """T steps: tensors (T + 1, B, ...) of what is seen and done, (T, B, K) of rewards, dones and differences.
 
         With probability `forced` a step makes one random unit stand still; `stood` lists (t, b, slot), `spared`
-        as many units that were not touched. `kept` names the (t, b) whose environments are copied.
+        as many units that were not touched. `kept` names the (t, b) whose environments are copied; `games`
+        (T, B) numbers the games.
         """
-        seen, paid, lists, states = [], [], {"stood": [], "spared": []}, []
+        seen, paid, lists, states, games = [], [], {"stood": [], "spared": []}, [], []
         for t in range(steps + 1):
             batch, probs, action = self.act()
             free = (batch["action_mask"].sum(-1) > 1) & (batch["kind"] < self.script.FACTORY) & (action != 0)
@@ -76,11 +81,12 @@ class Games:
             kinds = {key: batch[key] for key in ("planes", "pixel", "kind", "unit_id", "action_mask")}
             seen.append(kinds | {"action": action, "probs": probs})
             if t < steps:
+                games.append(list(self.numbers))
                 last = batch_of([self.move(b, action[b]) for b in range(len(self.envs))])
                 names = {"reward": "rewards", "done": "dones", "difference": "differences"}
                 paid.append({names[key]: last[key].float() for key in names})
         stack = [{key: torch.stack([row[key] for row in rows]) for key in rows[0]} for rows in (seen, paid)]
-        return {"seen": stack[0], "paid": stack[1], "states": states, **lists}
+        return {"seen": stack[0], "paid": stack[1], "states": states, "games": np.array(games), **lists}
 
 
 # ---- the truth
@@ -96,7 +102,8 @@ def copy_of(env):
 def futures(agent, env, actions, horizon, seed):
     """The team's reward in each of the next steps after each of m first actions (m, num_slots): (m, horizon)."""
     branches, rewards, now = [], np.zeros((len(actions), horizon)), np.array(actions)
-    noise = np.random.default_rng(seed).gumbel(size=(horizon, *env.observation_space["action_mask"].shape[1:]))
+    chance = np.random.default_rng([*np.ravel(seed), 1])  # apart from that of the symmetries
+    noise = chance.gumbel(size=(horizon, *env.observation_space["action_mask"].shape[1:]))
     for _ in actions:
         branches.append(copy_of(env))
         branches[-1].np_random = np.random.default_rng(seed)  # the same symmetries in all
@@ -141,12 +148,15 @@ def true_advantages(returns, probs, action):
     """Of one horizon's returns (seeds, K, NUM_ACTIONS): what the action brings, mean and standard error, each (K,).
 
     Against the policy's own mean (`policy`), against standing still (`no_op`), and what standing still
-    would have brought against the policy's mean (`still`).
+    would have brought against the policy's mean (`still`). `inner_error`: how much the error adds to the
+    variance of `policy` among the entities, whose errors go together.
     """
     taken = np.take_along_axis(returns, np.asarray(action)[None, :, None], -1)[..., 0]
     mean = np.where(np.isnan(taken), np.nan, np.nansum(np.asarray(probs) * returns, -1))
     found = {"policy": taken - mean, "no_op": taken - returns[..., 0], "still": returns[..., 0] - mean}
-    return {name: (x.mean(0), x.std(0, ddof=1) / len(x) ** 0.5) for name, x in found.items()}
+    off = (found["policy"] - found["policy"].mean(0))[:, ~np.isnan(taken[0])]
+    inner = off.var(1, ddof=1).sum() / len(off) / (len(off) - 1) if off.shape[1] > 1 else np.nan
+    return {name: (x.mean(0), x.std(0, ddof=1) / len(x) ** 0.5) for name, x in found.items()} | {"inner_error": inner}
 
 
 def quick_truth(agent, env, obs, action, probs, gamma):

@@ -26,9 +26,10 @@ from scipy.stats import rankdata
 FORCED = 0.05  # how often a unit is made to stand still for the advantage gap
 CASES = 200  # deaths and births looked at, at most
 TABLE = {
-    **{"correlation": "correlation", "rank": "of ranks", "slope": "slope", "noise": "noise / truth"},
-    **{"signs": "right signs", "explained": "explained variance", "gap": "gap less placebo"},
-    **{"spread": "spread / truth's", "after_death": "paid after death", "before_birth": "paid by older ones"},
+    **{"std": "its spread", "correlation": "correlation", "without": "without any one action", "rank": "of ranks"},
+    **{"slope": "slope", "noise": "noise / truth", "signs": "right signs", "explained": "explained variance"},
+    **{"gap": "gap less placebo", "gap_raw": "in the team's reward", "spread": "among entities / truth's"},
+    **{"after_death": "paid after death", "before_birth": "paid by older ones"},
 }
 COLOURS = {"light": "#6aaed6", "heavy": "#08306b", "factory": "#d95f02"}
 
@@ -42,15 +43,31 @@ def mean(x, weights):
         return weights @ x / weights.sum(-1)
 
 
-def measure(truth, estimate, known, weights):
-    """Slope, correlation, that of ranks, noise over truth, share of right signs where `known`; weights (..., n)."""
+def measure(truth, error, kind, estimate, weights):
+    """An estimate (n,) beside a truth (n,) with its standard errors; weights (..., n).
+
+    Its spread, correlation, that of the ranks within each kind; slope and noise over truth, both without
+    the truth's error, NaN where that exceeds the truth's spread; the share of right signs where the truth
+    is two errors from 0.
+    """
     xx, yy, xy = moments(truth, estimate, weights)
-    ranks = moments(rankdata(truth), rankdata(estimate), weights)
+    ranks = moments(*(ranks_within(kind, x) for x in (truth, estimate)), weights)
+    known, squared = np.abs(truth) > np.maximum(2 * error, 1e-9), mean(error**2, weights)
     with np.errstate(divide="ignore", invalid="ignore"):
         correlation, rank = (np.where(b > 0, ab / np.sqrt(a * b), 0.0) for a, b, ab in ((xx, yy, xy), ranks))
-        noise = np.sqrt(np.maximum(xx + yy - 2 * xy, 0) / xx)
+        true = np.where(xx > squared, xx - squared, np.nan)
+        noise = np.sqrt(np.maximum(xx + yy - 2 * xy - squared, 0) / true)
         signs = mean(np.sign(truth) == np.sign(estimate), weights * known)
-        return {"slope": xy / xx, "correlation": correlation, "rank": rank, "noise": noise, "signs": signs}
+    found = {"std": np.sqrt(yy), "slope": xy / true, "correlation": correlation, "rank": rank}
+    return found | {"noise": noise, "signs": signs}
+
+
+def ranks_within(kind, x):
+    """Ranks of x (n,) among those of the same kind, from -0.5 to 0.5."""
+    ranks = np.zeros(len(x))
+    for name in np.unique(kind):
+        ranks[kind == name] = (rankdata(x[kind == name]) - 0.5) / (kind == name).sum() - 0.5
+    return ranks
 
 
 def moments(x, y, weights):
@@ -98,7 +115,8 @@ def collect_truth(flags, agent, args, rollouts):
             for slot in np.flatnonzero(free):
                 row = {"state": number, "rollout": r, "t": t, "b": b, "slot": int(slot), "kind": int(kind[slot])}
                 row |= {"action": int(action[slot]), "living": int((kind > 0).sum())}
-                for name in found[0]:
+                row["inner_error"] = found[0]["inner_error"]
+                for name in ("policy", "no_op", "still"):
                     row |= {name: found[0][name][0][slot], f"{name}_error": found[0][name][1][slot]}
                 for name, one in zip(("near", "long"), [*found[1:], None][:2], strict=True):
                     row[name], row[f"{name}_error"] = [x[slot] for x in one["policy"]] if one else (np.nan, np.nan)
@@ -109,10 +127,15 @@ def collect_truth(flags, agent, args, rollouts):
 
 
 def quality(error, truth):
-    """Of a truth (n,): its spread, the mean of its errors, its reliability and the highest correlation it allows."""
-    reliability = max(0.0, 1 - np.mean(error**2) / np.var(truth)) if np.var(truth) else 0.0
+    """Of a truth (n,): its spread, the mean of its errors, its reliability, the highest correlation that it allows.
+
+    `largest`: the share of its variance that the action which makes most of it makes alone.
+    """
+    away, reliability, largest = (truth - truth.mean()) ** 2, 0.0, 1.0
+    if away.any():
+        reliability, largest = max(0.0, 1 - np.mean(error**2) / away.mean()), away.max() / away.sum()
     numbers = {"actions": len(truth), "std": np.std(truth), "error": np.sqrt(np.mean(error**2))}
-    return numbers | {"reliability": reliability, "ceiling": reliability**0.5}
+    return numbers | {"reliability": reliability, "ceiling": reliability**0.5, "largest": largest}
 
 
 def groups_of(script, truth):
@@ -162,10 +185,12 @@ def judge(estimator, truth, fresh, forced, cases):
                 others[slot] = False
                 if others.any():
                     gap = [(x[t, b, others].mean() - x[t, b, slot]).item() for x in (raw, normal)]
-                    gaps.append((name == "stood", r // 8 * 1000 + b, *gap))
+                    gaps.append((name == "stood", rollout["games"][t, b], *gap))
         for name, (b, slot, cells, erased) in cases[r]:
-            part = (raw[:, b] - estimator.without(rollout, said, b, erased))[cells, slot].abs().sum()
-            parts[name].append((part.item(), raw[cells, b, slot].abs().sum().item()))
+            part = (raw[:, b] - estimator.without(rollout, said, b, erased))[cells, slot].double()
+            whole = raw[cells, b, slot].double()
+            sums = (part.sum(), whole.sum(), part @ whole, whole @ whole)
+            parts[name].append((rollout["games"][cells.start, b], len(whole), *map(float, sums)))
     found |= {"errors": torch.cat(errors), "targets": torch.cat(targets), "gaps": np.array(gaps).reshape(-1, 4)}
     return found | {"parts": parts}
 
@@ -174,27 +199,30 @@ def summary(script, truth, fits):
     """An estimator's numbers in the mean over its fits, with intervals over states (or games) and by group."""
     result = {}
     for name, (chosen, which) in groups_of(script, truth).items():
-        true = truth[which][chosen]
-        known = np.abs(true) > np.maximum(2 * truth[f"{which}_error"][chosen], 1e-9)
+        true = [truth[key][chosen] for key in (which, f"{which}_error", "kind")]
         raw, normal = ([one[key][chosen] for one in fits] for key in ("raw", "normal"))
 
-        def statistic(weights, true=true, known=known, raw=raw, normal=normal):
-            several = [measure(true, x, known, weights) for x in raw]
+        def statistic(weights, true=true, raw=raw, normal=normal):
+            several = [measure(*true, x, weights) for x in raw]
             found = {key: np.mean([one[key] for one in several], 0) for key in several[0]}
-            several = [measure(true, x, known, weights)["correlation"] for x in normal]
+            several = [measure(*true, x, weights)["correlation"] for x in normal]
             return found | {"correlation_normal": np.mean(several, 0)}
 
         result[name] = with_intervals(truth["state"][chosen], statistic)
-        everything = np.ones(len(true))
-        result[name]["fits"] = [measure(true, x, known, everything) for x in raw]
-    found, error = result["all"], np.mean(truth["policy_error"] ** 2)  # which widens the truth's spread
+        everything = np.ones(len(true[0]))
+        left = statistic(everything - np.eye(len(everything)))["correlation"]
+        result[name]["without_one"] = [left.min(), left.max()]
+        result[name]["fits"] = [measure(*true, x, everything) for x in raw]
+    found = result["all"]
     inner = [within_steps(truth["state"], x) for x in (truth["policy"], *(one["raw"] for one in fits))]
+    states, counts = np.unique(truth["state"], return_counts=True)
+    error = np.array([truth["inner_error"][truth["state"] == name][0] for name in states[counts > 1]])
     rows, cluster = fits[0]["gaps"][:, :2].T
     gaps = np.mean([one["gaps"][:, 2:] for one in fits], 0).T  # (raw and normalised, n)
 
     def spread(weights):
-        true, *estimates = (mean(variance, weights) for variance in inner)
-        return {"spread": np.sqrt(np.mean(estimates, 0) / np.where(true > error, true - error, np.nan))}
+        true, wrong, *estimates = (mean(variance, weights) for variance in (inner[0], error, *inner[1:]))
+        return {"spread": np.sqrt(np.mean(estimates, 0) / np.where(true > wrong, true - wrong, np.nan))}
 
     def gap(weights):
         stood, spared = ([mean(x, weights * (rows == one)) for x in gaps] for one in (1, 0))
@@ -207,13 +235,17 @@ def summary(script, truth, fits):
 
     several = [with_intervals(np.arange(len(inner[0])), spread), with_intervals(cluster, gap)]
     for name in ("after_death", "before_birth"):
-        part, whole = np.sum([np.array(one["parts"][name]).reshape(-1, 2) for one in fits], 0).T
+        game, *sums = np.mean([np.array(one["parts"][name]).reshape(-1, 6) for one in fits], 0).T
 
-        def share(weights, name=name, part=part, whole=whole):
-            return {name: mean(part, weights) / np.where(mean(whole, weights) > 0, mean(whole, weights), np.nan)}
+        def share(weights, name=name, sums=sums):
+            """Of the variance of the advantages near a death or birth, what goes along with the rewards in question."""
+            n, part, whole, product, square = (weights @ x for x in sums)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                variance = square / n - (whole / n) ** 2
+                return {name: (product / n - part * whole / n**2) / np.where(variance > 0, variance, np.nan)}
 
-        several.append(with_intervals(np.arange(len(part)), share))
-        found[f"{name}_cases"] = len(part)
+        several.append(with_intervals(game, share))
+        found[f"{name}_cases"] = len(game)
     for more in several:
         found["value"] |= more["value"]
         found["interval"] |= more["interval"]
@@ -229,8 +261,13 @@ def show(results, known):
         print("| " + " | ".join(cells) + " |")
 
     def cell(groups, key):
-        low, high = groups["all"]["interval"].get(key, (np.nan, np.nan))
-        return f"{groups['all']['value'][key]:.2f}" + (f" ({low:.2f}, {high:.2f})" if np.isfinite(low) else "")
+        found = groups["all"]
+        if key == "without":
+            return "{:.2f} to {:.2f}".format(*found["without_one"])
+        value, (low, high) = found["value"][key], found["interval"].get(key, (np.nan, np.nan))
+        digits = 3 if key in ("std", "gap_raw") else 2
+        text = f"{value:.{digits}f}" if np.isfinite(value) else ""
+        return text + (f" ({low:.{digits}f}, {high:.{digits}f})" if text and np.isfinite(low) else "")
 
     line("", *TABLE.values())
     line(*["---"] * (1 + len(TABLE)))
@@ -239,7 +276,8 @@ def show(results, known):
     print("\nCorrelation, that of ranks, slope and noise by group of actions\n")
     line("", *known)
     line(*["---"] * (1 + len(known)))
-    line("actions, ceiling", *(f"{one['actions']}, {one['ceiling']:.2f}" for one in known.values()))
+    quality = "{actions}, {ceiling:.2f}, {largest:.2f}"
+    line("actions, ceiling, share of the largest", *(quality.format(**one) for one in known.values()))
     for name, groups in results.items():
         keys = ("correlation", "rank", "slope", "noise")
         line(name, *(" ".join(f"{groups[group]['value'][key]:.2f}" for key in keys) for group in known))
@@ -295,6 +333,8 @@ def credit_truth(flags):
             raise load.Refusal(f"--{name.replace('_', '-')} must be from {least.get(name, 1)} to 1000000, got {value}.")
     if args.opponent != "idle":
         raise load.Refusal(f"{flags.run} was trained in self-play: the truth is for the idle opponent only.")
+    if hasattr(agent, "hidden"):
+        raise load.Refusal(f"{flags.run} has a policy with a memory, which the branches of a game cannot share.")
     torch.set_num_threads(1)
     files = {file: load.import_script(ROOT / file) for file, _ in ESTIMATORS.values()}
     game, start, seconds = files["ablations/difference_lux.py"], time.time(), {}

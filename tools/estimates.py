@@ -27,7 +27,8 @@ ESTIMATORS = {  # the script of each, and the settings that are not the script's
     "differences": ("ablations/difference_lux.py", {}),
 }
 NO_CRITIC = ("own rewards, no critic", "own rewards less their mean")
-OWN = {"gae_lambda", "team_scale", "num_groups", "own_reward", "bf16"}  # each script's own settings stay
+# each script's own settings stay; an untrained run's learning rate of nearly 0 would leave its critics untrained, too
+OWN = {"gae_lambda", "team_scale", "num_groups", "own_reward", "bf16", "learning_rate"}
 NEAR = 20  # steps before a death and after a birth that are looked at
 
 

@@ -206,6 +206,8 @@ def watch(flags):
         raise load.Refusal(f"--map-seed must be from 0 to {script.NUM_EVAL_MAPS - 1}, --steps at least 1, --truth 0.")
     if flags.truth and args.opponent == "self":
         raise load.Refusal(f"{flags.run} was trained in self-play: --truth is for the idle opponent only.")
+    if flags.truth and hasattr(agent, "hidden"):
+        raise load.Refusal(f"{flags.run} has a policy with a memory, which the branches of --truth cannot share.")
     parts = {name: script for name in ("group_index", "separate_trajectories", "compute_gae", "normalize")}
     for name, part in {**parts, "get_value": agent}.items():
         if not hasattr(part, name):
