@@ -55,8 +55,8 @@ PAPER_CURVE = {  # trajectory separation, read off the paper's figure: thousands
     + ((102, 44.5e3),),
 }
 COLOURS = {  # Okabe and Ito's, safe for the colour-blind; a variant has the same in every picture
-    "#0072B2": "trajsep trajsep_paper_ppo:-- difference:-- global_twelfth:-. trama",
-    "#000000": "global global_paper_ppo:-- vdn:-- global_grad_10:-- global_no_value_clip:-. trama_parent",
+    "#0072B2": "trajsep trajsep_paper_ppo:-- difference:-- global_twelfth:-. trama dae_25_whole:-.",
+    "#000000": "global global_paper_ppo:-- vdn:-- vdn_whole:-. global_grad_10:-- global_no_value_clip:-. trama_parent",
     "#E69F00": "ippo ippo_share:-- ippo_grad_10:-- ippo_no_value_clip:-."
     " groups_1:-- own_reward_25 closest_factory top_advantage_1_all_values random_4"
     " poster_norms epochs_2 global_paper_rollout:-- trajsep_paper_rollout:-. dae_25:-- dae_100:-."
@@ -65,11 +65,11 @@ COLOURS = {  # Okabe and Ito's, safe for the colour-blind; a variant has the sam
     " groups_2:-- quadrant top_advantage_1 random_2 global_paper_learning_rate:--"
     " trajsep_paper_learning_rate:-. dae_50:-- trama_mountain:--",
     "#009E73": "global_critic groups_8:-- units_only own_reward_50 top_abs_advantage_1 random_8"
-    " global_paper_entropy:-- coma difference_free:-- trama_oracle trama_mountain_lean:--",
+    " global_paper_entropy:-- coma coma_whole:-. difference_free:-- trama_oracle trama_mountain_lean:--",
     "#56B4E9": "groups_16:-- own_reward_75 closest_heavy top_return_1 random_16 gpae_95 gpae_50:--"
-    " gpae_reuse_2_plain:-.",
+    " gpae_reuse_2_plain:-. gpae_50_whole:-. ippo_whole:--",
     "#CC79A7": "own_reward_0 groups_4:-- two_trajectories random_1 global_paper_no_symmetries:-- gpae_0"
-    " gpae_reuse_2:-- gpae_steps_32:-.",
+    " gpae_reuse_2:-- gpae_steps_32:-. mappo_whole:-.",
 }
 LINES = {
     (word := entry.partition(":"))[0]: (c, word[2] or "-") for c, names in COLOURS.items() for entry in names.split()

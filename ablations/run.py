@@ -110,6 +110,13 @@ dae_25 | DAE, beta 0.25 | ablations/dae_lux.py | --beta 0.25 |
 dae_50 | DAE, beta 0.5 | ablations/dae_lux.py | --beta 0.5 |
 dae_100 | DAE, beta 1 | ablations/dae_lux.py | --beta 1 |
 vdn | VDN | ablations/vdn_lux.py | |
+ippo_whole | IPPO, paid the whole reward | ippo_lux.py | --team-scale 1 |
+mappo_whole | MAPPO, paid the whole reward | mappo_lux.py | --team-scale 1 |
+coma_whole | COMA, paid the whole reward, 1 epoch | ablations/coma_lux.py | --team-scale 1 --update-epochs 1 |
+gpae_50_whole | GPAE, lambda 0.5, paid the whole reward | ablations/gpae_lux.py | --gae-lambda 0.5 --team-scale 1 |
+dae_25_whole | DAE, beta 0.25, paid the whole reward | ablations/dae_lux.py | --beta 0.25 --team-scale 1 |
+vdn_whole | VDN, paid the whole reward, less chance | ablations/vdn_lux.py |\
+ --team-scale 1 --exploration-fraction 0.1 |
 difference | difference rewards | ablations/difference_lux.py | |
 difference_free | difference rewards without branches | own_reward |\
  --own-reward 0.9 --reward-ice-delivered 0.001 --reward-ice-received 0 |
@@ -141,10 +148,10 @@ for row in TABLE.strip().split("\n"):
 FIGURES = {  # the first variant of each is what the others are compared with
     "baselines": "trajsep ippo mappo ippo_share mappo_share global",
     "rivals": "trajsep ippo mappo global coma gpae_95 gpae_50 gpae_0 gpae_reuse_2 dae_25 dae_50 dae_100 vdn"
-    " difference difference_free",
+    " difference difference_free mappo_whole coma_whole gpae_50_whole dae_25_whole vdn_whole",
     "reuse": "gpae_95 gpae_reuse_2 gpae_reuse_2_plain gpae_steps_32",
     "controls": "trajsep global global_grad_10 global_no_value_clip global_twelfth ippo ippo_grad_10"
-    " ippo_no_value_clip mappo mappo_grad_10 mappo_no_value_clip",
+    " ippo_no_value_clip ippo_whole mappo mappo_grad_10 mappo_no_value_clip mappo_whole",
     "size": "trajsep mappo gpae_50 coma",  # at the scales cpu24, cpu and cpu40
     "specialists": "trama_parent trama_cave trama_mountain trama_mountain_lean",  # then cross_play.py
     "trama": "trama_parent trama_oracle trama trama_uniform",

@@ -111,6 +111,9 @@ class Args:
     # Added to ppo_trajsep_lux: all get the team's reward
     team_scale: float = 1 / 12
     """what the team's reward is multiplied by"""
+    # Added to ppo_trajsep_lux: the sum of values
+    exploration_fraction: float = 0.5
+    """the part of the run over which chance actions fall from all to a twentieth"""
 
     # The network
     channels: int = 56
@@ -978,7 +981,7 @@ if __name__ == "__main__":
         frac = 1.0 - (iteration - 1.0) / args.num_iterations
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = frac * args.learning_rate
-        agent.epsilon = max(0.05, 1 - 2 * 0.95 * (1 - frac))
+        agent.epsilon = max(0.05, 1 - 0.95 * (1 - frac) / max(args.exploration_fraction, 1e-9))
 
         # ---- rollout
         # Differs from ppo_trajsep_lux: the sum of values

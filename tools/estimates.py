@@ -36,7 +36,9 @@ def settings(script, args, changed):
     """The script's Args for the run's game, network and PPO settings."""
     names = {field.name for field in fields(script.Args)} - OWN
     known = {name: value for name, value in asdict(args).items() if name in names}
-    return script.Args(**known | {"bf16": args.bf16} | changed)
+    # a twelfth of the reward would drown in what a critic says before it has learnt
+    whole = {"team_scale": 1.0} if hasattr(script.Args, "team_scale") else {}
+    return script.Args(**known | {"bf16": args.bf16} | whole | changed)
 
 
 # ---- advantages
