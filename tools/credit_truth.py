@@ -280,7 +280,8 @@ def show(results, known):
     line("actions, ceiling, share of the largest", *(quality.format(**one) for one in known.values()))
     for name, groups in results.items():
         keys = ("correlation", "rank", "slope", "noise")
-        line(name, *(" ".join(f"{groups[group]['value'][key]:.2f}" for key in keys) for group in known))
+        found = (" ".join(f"{groups[group]['value'][key]:.2f}" for key in keys) for group in known)
+        line(name, *(text.replace("nan", "-") for text in found))
 
 
 def draw(path, script, truth, results, estimates):
