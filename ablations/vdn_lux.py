@@ -4,7 +4,8 @@ Sunehag et al. 2018, trained as PQN is (Gallici et al. 2024: on the newest rollo
 target network, with a normalised network and Q(lambda) returns): the team's Q is the sum of one Q
 for each living entity, and is regressed on the team's reward alone. So the sum has to find out who
 earned it, from nothing but when who was there and did what. There is no policy to learn: actions
-are the best by Q, or random ones with a probability that falls from 1 to 0.05 over the first half.
+are the best by Q, or random ones with a probability that falls from 1 to 0.05 over the first part of
+the run (`--exploration-fraction`, a half).
 `ppo_trajsep_lux.py` is the parent; lines that say "Differs" or "Added" mark what is not the same.
 
 GPU, the paper's setting:   python ablations/vdn_lux.py
@@ -960,7 +961,7 @@ if __name__ == "__main__":
     del obs["reward"], obs["done"]  # of the step before: they have buffers of their own
     actions = torch.zeros(shape, dtype=torch.int64, device=device)
     entity_reward, entity_dones = torch.zeros(2, *shape, device=device)
-    best = torch.zeros(args.num_steps + 1, num_rows, device=device)  # Q of the best joint action
+    best_q = torch.zeros(args.num_steps + 1, num_rows, device=device)  # Q of the best joint action
 
     # ---- the run's folder
     # Differs from ppo_trajsep_lux: the sum of values
@@ -997,7 +998,7 @@ if __name__ == "__main__":
                 envs.step_async(actions[step].cpu().numpy().reshape(envs.action_space.shape))
                 # while the environments step; they overwrite next_obs meanwhile
                 q = agent.get_q({key: buffer[step] for key, buffer in obs.items()}).amax(-1)  # (num_rows, num_slots)
-                best[step] = (q * (obs["kind"][step] != EMPTY)).sum(-1)
+                best_q[step] = (q * (obs["kind"][step] != EMPTY)).sum(-1)
             next_obs, _, terminations, _, infos = envs.step_wait(timeout=60)
             last = {key: next_obs[key].copy() for key in ("reward", "done")}
             for i in np.flatnonzero(terminations):
@@ -1008,7 +1009,7 @@ if __name__ == "__main__":
             last, next_obs = to_tensors(last, device), to_tensors(next_obs, device)
             entity_reward[step], entity_dones[step] = last["reward"], last["done"]
         with torch.no_grad():
-            best[args.num_steps] = (agent.get_q(next_obs).amax(-1) * (next_obs["kind"] != EMPTY)).sum(-1)
+            best_q[args.num_steps] = (agent.get_q(next_obs).amax(-1) * (next_obs["kind"] != EMPTY)).sum(-1)
         torch.set_num_threads(num_threads)
 
         # ---- trajectories
@@ -1017,8 +1018,8 @@ if __name__ == "__main__":
         entity_mask = obs["kind"] != EMPTY  # (num_steps, num_rows, num_slots)
         over = (entity_mask <= entity_dones.bool()).all(-1).float()  # (num_steps, num_rows)
         reward = (entity_reward * entity_mask).sum(-1) * args.team_scale
-        returns = lambda_returns(reward, over, best, args.gamma, args.gae_lambda)
-        batch = {**obs, "actions": actions, "entity_mask": entity_mask, "returns": returns, "values": best[:-1]}
+        returns = lambda_returns(reward, over, best_q, args.gamma, args.gae_lambda)
+        batch = {**obs, "actions": actions, "entity_mask": entity_mask, "returns": returns, "values": best_q[:-1]}
         batch["active"] = torch.ones_like(returns, dtype=torch.bool)
         batch = {key: value.flatten(0, 1) for key, value in batch.items()}  # (batch_size, ...)
 

@@ -1,5 +1,10 @@
 """What makes each baseline the algorithm of its name, by hand-computed cases."""
 
+import ast
+import re
+from collections import defaultdict
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +25,33 @@ ACTIONS = torch.ones(4, 1, 3, NUM_ACTIONS)
 ACTIONS[0, 0, 0, 1:] = 0  # slot 0 has no choice in step 0
 GAMMA, LAMBDA = 0.9, 0.8
 NARROW = ppo_trajsep_lux.Args(channels=16, bf16=False)
+
+
+ROOT = Path(ppo_trajsep_lux.__file__).parent
+COPIES = [
+    path for path in (*ROOT.glob("*_lux.py"), *ROOT.glob("ablations/*_lux.py")) if "# Parent: " in path.read_text()
+]
+
+
+def sections_of_names(path):
+    """In which sections of the main block each name is given a value, and in which it is read."""
+    text, given, read = path.read_text(), defaultdict(set), defaultdict(set)
+    banners = [(n, m[1]) for n, line in enumerate(text.split("\n"), 1) if (m := re.match(r"^ +# ---- (.+)$", line))]
+    for node in ast.walk(ast.parse(text).body[-1]):
+        if isinstance(node, ast.Name):
+            section = [name for line, name in banners if line <= node.lineno][-1:]
+            (given if isinstance(node.ctx, ast.Store) else read)[node.id].update(section)
+    return given, read
+
+
+@pytest.mark.parametrize("path", COPIES, ids=lambda path: path.stem)
+def test_no_copy_gives_another_meaning_to_a_name_that_lasts(path):
+    """A name that is set before the first iteration and read in every iteration, as `best` is by the saving."""
+    (original, read), (given, _) = sections_of_names(ROOT / "ppo_trajsep_lux.py"), sections_of_names(path)
+    before = {"setup", "start, or go on", "storage", "the run's folder"}
+    lasting = {name for name, where in original.items() if where & before and read[name] - before}
+    assert {"best", "recent", "rows", "steps", "obs"} <= lasting
+    assert not {name for name in lasting if given[name] - original[name]}
 
 
 def trajectories(script, values, team_scale=0.0):
