@@ -300,10 +300,9 @@ def plot(variants, data, path):
         for variant in variants:
             colour, style = LINES.get(variant.name) or next(own, ("grey", "-."))
             curves = list(data[variant.name].values())
-            label = f"{variant.label} ({len(curves)} run{'s' * (len(curves) > 1)})"
-            if not curves:
-                axis.plot([], [], style, color=colour, label=f"{variant.label} (not run)")
+            if not curves:  # the table says so
                 continue
+            label = f"{variant.label} ({len(curves)} run{'s' * (len(curves) > 1)})"
             values = np.array([curve.by_window(metric) for curve in curves])
             steps = (1 + np.arange(values.shape[1])) * curves[0].window
             axis.plot(steps, values.mean(0), style, color=colour, label=label)
