@@ -567,6 +567,8 @@ def test_an_error_that_speaks_of_memory_keeps_its_traceback(monkeypatch):
         script.explain(None, type(error), error, None)
     assert [sentence == "traceback" for sentence in said] == [True, False, True, False, False, False]
     assert "error in the code" in said[1] and "fewer --num-envs" in said[4] and "fewer --num-envs" in said[5]
+    script.explain(None, EOFError, EOFError(), None)  # a worker that died while workers were started
+    assert len(said) == 7 and said[6].startswith("EOFError: see to it")
 
 
 def test_more_memory_than_there_is(tmp_path):
