@@ -918,7 +918,7 @@ if __name__ == "__main__":
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     LuxEnv(args).reset(seed=args.seed)  # fails here if no map can hold the factories
     slow = "The environments' processes did not start in 10 minutes: fewer --num-envs, or go on with --resume."
-    starting = threading.Timer(600, leave, (1, slow))
+    starting = threading.Timer(600, leave, (1, slow))  # until `cancel`: some waits have no limit of their own
     starting.start()
     modes = {"copy": False, "autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
     envs = gym.vector.AsyncVectorEnv([lambda: make_worker_env(args)] * args.num_envs, **modes)
