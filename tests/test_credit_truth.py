@@ -22,6 +22,7 @@ import branches  # noqa: E402
 import credit_truth  # noqa: E402
 import estimates  # noqa: E402
 import load  # noqa: E402
+import pool_truth  # noqa: E402
 import watch  # noqa: E402
 
 GAMMA = 0.99
@@ -144,7 +145,7 @@ def table(rng, states=200, entities=5, error=0.0):
 
 def verdict(raw, normal=None):
     """What `judge` would have found of one fit, with nothing but estimates in it."""
-    nothing = {"errors": torch.ones(2), "targets": torch.tensor([0.0, 1.0]), "gaps": np.ones((1, 4))}
+    nothing = {"explained": 0.5, "gaps": np.ones((1, 4))}
     return {
         "raw": raw,
         "normal": raw if normal is None else normal,
@@ -396,7 +397,7 @@ FAST = {
     "rollouts": 1,
     "fits": 2,
 }
-FAST |= {"gap_events": 3, "seed": 0, "best": False, "script": None}
+FAST |= {"gap_events": 3, "seed": 0, "best": False, "script": None, "take_truth": None}
 
 
 def test_a_small_run(played, tmp_path, monkeypatch, capsys):
@@ -410,18 +411,59 @@ def test_a_small_run(played, tmp_path, monkeypatch, capsys):
     assert found["quality"]["long"]["actions"] == (state == 0).sum() and found["events"] >= 3
     for name, groups in found["estimators"].items():
         fits, value = 1 if name in estimates.NO_CRITIC else 2, groups["all"]["value"]
-        assert np.array(found["estimates"][name]["raw"]).shape == (fits, len(state))
+        assert np.array([one["raw"] for one in found["estimates"][name]]).shape == (fits, len(state))
         assert len(groups["all"]["fits"]) == fits and -1 <= value["correlation"] <= 1 and name in out
         assert (value["explained"] == 0) == (name in estimates.NO_CRITIC)
-    raw = {name: np.array(one["raw"][0]) for name, one in found["estimates"].items()}
+    raw = {name: np.array(one[0]["raw"]) for name, one in found["estimates"].items()}
     alike = {name: all(np.ptp(x[state == n]) < 1e-6 for n in range(3)) for name, x in raw.items()}
     assert [name for name in alike if alike[name]] == ["MAPPO", "one global trajectory"]
     assert found["estimators"]["MAPPO"]["all"]["value"]["gap_raw"] == 0
-    assert found["estimates"]["separation"]["raw"][0] != found["estimates"]["separation"]["raw"][1]
+    assert found["estimates"]["separation"][0]["raw"] != found["estimates"]["separation"][1]["raw"]
     with Image.open(files["picture"]) as image:
         assert image.size[0] > 1000
     with pytest.raises(load.Refusal, match="exists already"):
         credit_truth.credit_truth(Namespace(run=played[0], **FAST, **files))
+
+    # once more with that truth, one critic fitted on two rollouts; then both as one
+    monkeypatch.setattr(credit_truth, "collect_truth", None)
+    again = {"json": tmp_path / "again.json", "picture": None, "run": played[0]}
+    changed = FAST | {"take_truth": files["json"], "rollouts": 2, "fits": 1}
+    credit_truth.credit_truth(Namespace(**changed, **again))
+    second = json.loads(again["json"].read_text())
+    assert second["truth"] == found["truth"]
+    for name in ("own rewards, no critic", "separation"):
+        raw = [one["estimates"][name][0]["raw"] for one in (second, found)]
+        assert (raw[0] == raw[1]) == (name in estimates.NO_CRITIC)
+    with pytest.raises(load.Refusal, match="has --seeds 2: give the same"):
+        credit_truth.credit_truth(Namespace(**changed | {"seeds": 3}, **again | {"json": None}))
+    other = make_run(tmp_path / "other", num_envs=2, num_steps=32, num_minibatches=2, factories_per_team=2, channels=16)
+    with pytest.raises(load.Refusal, match="is of another policy"):
+        credit_truth.credit_truth(Namespace(**changed, **again | {"json": None, "run": other}))
+    pool = {"files": [files["json"], again["json"]], "json": tmp_path / "pool.json", "picture": None}
+    pool_truth.pool_truth(Namespace(**pool))
+    both = json.loads(pool["json"].read_text())
+    assert both["quality"]["all"]["actions"] == 2 * len(state) and both["events"] == found["events"] + second["events"]
+    assert len({*both["truth"]["state"]}) == 6  # the same states twice are two each
+    one, two = (x["estimators"]["own rewards, no critic"]["all"] for x in (found, both))
+    for key in ("std", "correlation", "noise", "gap_raw", "spread", "before_birth"):
+        assert two["value"][key] == pytest.approx(one["value"][key], rel=1e-4), key  # files have six digits
+    assert two["before_birth_cases"] == 2 * one["before_birth_cases"]
+    (fit,), several = both["estimates"]["COMA"], [x["estimates"]["COMA"][0] for x in (found, second)]
+    assert fit["raw"] == several[0]["raw"] + several[1]["raw"]
+    assert fit["explained"] == pytest.approx(np.mean([x["explained"] for x in several]), rel=1e-5)
+
+
+def test_what_cannot_be_pooled(tmp_path):
+    files = [tmp_path / f"{n}.json" for n in range(4)]
+    rows = dict.fromkeys(("state", "rollout", "t", "b", "slot", "kind", "action", "living"), [1])
+    flags = {"steps": 24, "near_steps": 8, "long_steps": 100}
+    good = {"truth": rows, "flags": flags, "args": {"seed": 1, "gamma": 0.99}, "estimates": {"MAPPO": []}}
+    for file, changed in zip(files, ({}, {"args": {"gamma": 0.9}}, {"flags": flags | {"steps": 9}}, 0), strict=True):
+        file.write_text(json.dumps(good | changed if changed != 0 else 7))
+    for file, words in zip(files[1:], ("other settings", "other numbers of steps", "is not what --json"), strict=True):
+        refused(tool("pool_truth.py", files[0], file, cwd=tmp_path), words)
+    files[3].write_text(json.dumps(good | {"estimates": {"MAPPO": {"raw": [[1]]}}}))
+    refused(tool("pool_truth.py", files[0], files[3], cwd=tmp_path), "measure again")
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,58 @@ def test_a_run_of_each_script_loads(tmp_path, source):
     assert all(weight.device.type == "cpu" for weight in agent.state_dict().values())
 
 
+@pytest.mark.parametrize(
+    ("field", "good", "bad"),
+    [
+        ("clip_reward: float | None = None", (None, 0.5, 2), ("0.5", [1.0])),
+        ("clip_reward: tuple[float, float] = (0.5, 0.25)", ((1.0, 2.0),), (0.5, None)),
+        ("clip_reward: list[int] = field(default_factory=list)", ([], [3]), ((3,), 3)),
+        ("clip_reward: Literal['a', 'b'] = 'a'", ("a", "b"), ("c", None)),
+    ],
+)
+def test_a_setting_of_a_scripts_own(tmp_path, field, good, bad):
+    """A changed copy may have a setting of any type that tyro knows."""
+    source = tmp_path / "mine_lux.py"
+    text = PARENT.read_text()
+    assert text.count("    seed: int = 1\n") == 1
+    source.write_text(text.replace("    seed: int = 1\n", f"    {field}\n    seed: int = 1\n"))
+    run = make_run(tmp_path / "run", source)
+    content = torch.load(run / "model.pt", weights_only=True)
+    for value in (*good, *bad):
+        content["args"]["clip_reward"] = value
+        torch.save(content, run / "model.pt")
+        if value in good:
+            assert load.load(run)[1].clip_reward == value
+        else:
+            with pytest.raises(load.Refusal, match="the setting clip_reward is wrong"):
+                load.load(run)
+
+
+def test_a_function_with_more_parameters_than_a_tool_knows():
+    def compute_gae(trajectories, gamma, clip=10.0, *rest, **more):
+        return trajectories, gamma, clip, rest, more
+
+    assert load.call(compute_gae, {"trajectories": 1, "gamma": 2, "rest": 3}) == (1, 2, 10.0, (), {})
+    assert load.call(compute_gae, {"trajectories": 1, "gamma": 2, "clip": 3}) == (1, 2, 3, (), {})
+    with pytest.raises(load.Refusal, match="needs 'gamma'"):
+        load.call(compute_gae, {"trajectories": 1})
+
+
+def test_bfloat16_is_left_off_where_the_run_had_it_off(tmp_path, monkeypatch):
+    for able, said, expected in ((True, False, False), (False, True, False), (True, True, True)):
+        run = make_run(tmp_path / f"{able}{said}", bf16=said)
+        imported = load.import_script
+
+        def patched(path, imported=imported, able=able):
+            module = imported(path)
+            module.computes_in_bf16 = lambda: able
+            return module
+
+        monkeypatch.setattr(load, "import_script", patched)
+        assert load.load(run)[1].bf16 is expected
+        monkeypatch.setattr(load, "import_script", imported)
+
+
 def test_best_another_script_and_a_lone_file(run, tmp_path):
     folder = shutil.copytree(run, tmp_path / "run")
     content = torch.load(folder / "model.pt", weights_only=True)

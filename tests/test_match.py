@@ -104,25 +104,49 @@ def test_who_does_nothing_starves_and_that_is_a_draw(tmp_path):
     game = match.play(flags, [3], 0)
     assert game["winner"] is None and game["end"] == "draw" and 150 <= game["steps"] <= 152
     assert game["A"]["factories"] == game["B"]["factories"] == 0
-    assert game["map_seed"] == 3 and not game["A"]["timed_out"]
+    assert game["map_seed"] == 3 and game["crash"] is None
 
 
-@pytest.mark.parametrize("step, end, steps", [(0, "elimination", 1), (7, "draw", 20)])
-def test_a_program_that_does_not_answer_is_timed_out(tmp_path, short, step, end, steps):
-    """It plays on without orders: without factories too, if it was the bid; and it is not waited for again."""
+@pytest.mark.parametrize("step", [0, 7])
+def test_a_program_that_does_not_answer_loses(tmp_path, short, step):
+    """As in the official kit, whose engine takes no answer for an order that it refuses."""
     slow = make_bot(tmp_path / "slow", "time.sleep(100)", step)
     game = match.play(settings(slow, make_bot(tmp_path / "bot"), seconds=(0.5, 1.5)), [0], 0)
-    assert game["A"]["timed_out"] and not game["B"]["timed_out"] and game["crash"] is None
-    assert (game["winner"], game["end"], game["steps"]) == ("B" if step == 0 else None, end, steps)
+    assert (game["winner"], game["end"]) == ("B", "crash")
+    assert game["crash"] == f"{slow} used up its time at step {step}"
+
+
+@pytest.mark.parametrize("fault", ["sys.exit(3)", "answer = {'factory_9': 1}"])
+def test_two_that_crash_in_one_step_draw(tmp_path, short, fault):
+    bots = [make_bot(tmp_path / name, fault, 7) for name in ("one", "two")]
+    for number in range(2):
+        game = match.play(settings(*bots), [0], number)
+        assert game["winner"] is None and game["end"] == "draw"
+        assert all(str(bot) in game["crash"] for bot in bots)
+
+
+def test_two_sides_of_one_run_have_a_memory_each(tmp_path, short, monkeypatch):
+    make_run(tmp_path / "run", opinions=1, water=3, max_units=4, channels=4)
+    agents = []
+    act = match.submission.Player.act
+
+    def note(player, obs):
+        agents.append((player.player, id(player.policy()[0])))
+        return act(player, obs)
+
+    monkeypatch.setattr(match.submission.Player, "act", note)
+    match.play(settings(tmp_path / "run", tmp_path / "run"), [0], 0)
+    assert len({*agents}) == 2 == len({agent for _, agent in agents})
 
 
 def test_overage_is_used_up(tmp_path, short):
     """A program that is a bit too slow every turn has some turns, then no more."""
     slow = make_bot(tmp_path / "slow", "pass\n    time.sleep(0.1)")
     flags = settings(slow, make_bot(tmp_path / "bot"), seconds=(0.02, 1))
-    assert match.play(flags, [0], 0)["A"]["timed_out"]
+    game = match.play(flags, [0], 0)
+    assert game["winner"] == "B" and "used up its time" in game["crash"] and game["steps"] > 0
     flags.seconds = (5, 1)
-    assert not match.play(flags, [0], 0)["A"]["timed_out"]
+    assert match.play(flags, [0], 0)["crash"] is None
 
 
 @pytest.mark.parametrize(
@@ -141,15 +165,16 @@ def test_a_program_that_crashes_is_named_and_loses(tmp_path, short, fault, step,
     bad = make_bot(tmp_path / "bad", fault, step)
     game = match.play(settings(make_bot(tmp_path / "bot"), bad), [0], step % 2)
     assert game["crash"] == f"{bad} {what}"
-    assert game["winner"] == "A" and game["end"] == "crash" and not game["B"]["timed_out"]
+    assert game["winner"] == "A" and game["end"] == "crash"
 
 
 def test_the_table():
     """7 wins and 3 losses of 10 that were decided: an exact interval of 35% to 93%, from tables."""
-    side = {"lichen": 4, "ice_delivered": 2000, "factories": 1, "timed_out": False}
-    game = {"winner": None, "end": "draw", "steps": 100, "A": side, "B": side | {"lichen": 8}}
+    side = {"lichen": 4, "ice_delivered": 2000, "factories": 1}
+    game = {"winner": None, "end": "draw", "steps": 100, "A": side, "B": side | {"lichen": 8}, "player_0": "A"}
     won = [game | {"winner": "A", "end": end} for end in 4 * ["elimination"] + 2 * ["lichen"] + ["crash"]]
-    lost = [game | {"winner": "B", "end": "lichen", "steps": 1000, "A": side | {"timed_out": True}}] * 3
+    lost = [game | {"winner": "B", "end": "lichen", "steps": 1000}] * 2
+    lost.append(lost[0] | {"player_0": "B"})
     table, figures = match.report(settings("a", "b"), [game, game, *won, *lost])
     rows = dict(line.strip("| ").split(" | ", 1) for line in table.splitlines() if " | " in line)
     assert rows["12 games"] == "A: a | B: b"
@@ -159,7 +184,7 @@ def test_the_table():
     assert rows["... by a crash of the other"] == "1 | 0"
     assert rows["lichen, mean"] == "4.0 | 8.0"
     assert rows["ice delivered, mean"] == "2,000.0 | 2,000.0"
-    assert rows["games with a time-out"] == "3 | 0"
+    assert rows["... as player_0"] == "7 | 1"
     assert "mean length 325 steps; 2 draws. Of the 10 games that were decided, A won 70%" in table
     assert "(95% interval: 35% to 93%)" in table
     assert figures["won"] == {"A": 7, "B": 3} and figures["draws"] == 2

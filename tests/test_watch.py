@@ -68,6 +68,36 @@ def test_it_plays_the_game_that_evaluate_plays(watched):
     assert moved > 20
 
 
+def test_what_is_lost_in_the_last_step_is_lost(tmp_path):
+    """The game ends because the last factory starves: it is lost, and what stands on it ends with the game."""
+    run = make_run(tmp_path / "run")
+    script, args, agent = load.load(run)
+    frames, *_ = watch.play(script, args, agent, 0, 1000, None)
+    assert len(frames) < 1000 and frames[-1]["lost"][args.max_units] and not frames[0]["lost"][args.max_units]
+
+
+def test_an_action_of_a_scripts_own_is_shown_by_its_number(tmp_path):
+    source = tmp_path / "mine_lux.py"
+    text = PARENT.read_text()
+    names = "NO_OP, UP, RIGHT, DOWN, LEFT, DIG, DELIVER, PICK_UP = range"
+    assert text.count(names) == 1
+    source.write_text(text.replace("PICK_UP", "GRAB"))
+    done = tool("watch.py", make_run(tmp_path / "run", source), "--steps", 2, "-o", tmp_path / "page.html")
+    assert done.returncode == 0, done.stderr
+    units, factories = recording(tmp_path / "page.html")["labels"]
+    assert units["6"] == "deliver" and units["7"] == "action 7" and "7" not in factories
+
+
+def test_names_with_a_dot_and_files_that_are_the_same(tmp_path):
+    run = make_run(tmp_path / "lr0.001")
+    for where, name in ((run, "lr0.001"), (run / "model.pt", "lr0.001-model")):
+        done = tool("watch.py", where, "--steps", 1, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert recording(tmp_path / f"{name}-0.html")["run"] == name
+    refused(tool("watch.py", run, "-o", "x", "--gif", "x", cwd=tmp_path), "cannot be written to x: give another name")
+    assert not (tmp_path / "x").exists()
+
+
 def test_values_are_the_mean_over_all_eight_views(watched):
     script, args, agent = load.load(watched[0])
     _, rollout, *_ = watch.play(script, args, agent, 0, 1, None)

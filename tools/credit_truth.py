@@ -31,6 +31,7 @@ TABLE = {
     **{"gap": "gap less placebo", "gap_raw": "in the team's reward", "spread": "among entities / truth's"},
     **{"after_death": "paid after death", "before_birth": "paid by older ones"},
 }
+CELL = "rollout", "t", "b", "slot"
 COLOURS = {"light": "#6aaed6", "heavy": "#08306b", "factory": "#d95f02"}
 
 
@@ -169,7 +170,8 @@ def true_gap(script, truth):
 def judge(estimator, truth, fresh, forced, cases):
     """What one fit of an estimator says: estimates at the truth's rows, explained variance, gaps and faults."""
     script, found = estimator.script, {"raw": np.zeros(len(truth["t"])), "normal": np.zeros(len(truth["t"]))}
-    errors, targets, gaps, parts = [], [], [], {"after_death": [], "before_birth": []}
+    errors, targets = [], []
+    found |= {"gaps": [], "parts": {"after_death": [], "before_birth": []}}
     for r, rollout in enumerate((*fresh, *forced)):
         raw, normal, returns, trajectories, said = estimator.advantages(rollout)
         if r < len(fresh):
@@ -184,15 +186,14 @@ def judge(estimator, truth, fresh, forced, cases):
                 others = unit[t, b].clone()
                 others[slot] = False
                 if others.any():
-                    gap = [(x[t, b, others].mean() - x[t, b, slot]).item() for x in (raw, normal)]
-                    gaps.append((name == "stood", rollout["games"][t, b], *gap))
+                    gap = [(x[t, b, others] - x[t, b, slot]).mean().item() for x in (raw, normal)]
+                    found["gaps"].append((name == "stood", rollout["games"][t, b], *gap))
         for name, (b, slot, cells, erased) in cases[r]:
             part = (raw[:, b] - estimator.without(rollout, said, b, erased))[cells, slot].double()
             whole = raw[cells, b, slot].double()
             sums = (part.sum(), whole.sum(), part @ whole, whole @ whole)
-            parts[name].append((rollout["games"][cells.start, b], len(whole), *map(float, sums)))
-    found |= {"errors": torch.cat(errors), "targets": torch.cat(targets), "gaps": np.array(gaps).reshape(-1, 4)}
-    return found | {"parts": parts}
+            found["parts"][name].append((rollout["games"][cells.start, b], len(whole), *map(float, sums)))
+    return found | {"explained": (1 - torch.cat(errors).var() / torch.cat(targets).var()).item()}
 
 
 def summary(script, truth, fits):
@@ -200,7 +201,7 @@ def summary(script, truth, fits):
     result = {}
     for name, (chosen, which) in groups_of(script, truth).items():
         true = [truth[key][chosen] for key in (which, f"{which}_error", "kind")]
-        raw, normal = ([one[key][chosen] for one in fits] for key in ("raw", "normal"))
+        raw, normal = ([np.asarray(one[key])[chosen] for one in fits] for key in ("raw", "normal"))
 
         def statistic(weights, true=true, raw=raw, normal=normal):
             several = [measure(*true, x, weights) for x in raw]
@@ -214,11 +215,10 @@ def summary(script, truth, fits):
         result[name]["without_one"] = [left.min(), left.max()]
         result[name]["fits"] = [measure(*true, x, everything) for x in raw]
     found = result["all"]
-    inner = [within_steps(truth["state"], x) for x in (truth["policy"], *(one["raw"] for one in fits))]
+    inner = [within_steps(truth["state"], np.asarray(x)) for x in (truth["policy"], *(one["raw"] for one in fits))]
     states, counts = np.unique(truth["state"], return_counts=True)
     error = np.array([truth["inner_error"][truth["state"] == name][0] for name in states[counts > 1]])
-    rows, cluster = fits[0]["gaps"][:, :2].T
-    gaps = np.mean([one["gaps"][:, 2:] for one in fits], 0).T  # (raw and normalised, n)
+    rows, cluster, *gaps = np.mean([np.reshape(one["gaps"], (-1, 4)) for one in fits], 0).T
 
     def spread(weights):
         true, wrong, *estimates = (mean(variance, weights) for variance in (inner[0], error, *inner[1:]))
@@ -249,8 +249,7 @@ def summary(script, truth, fits):
     for more in several:
         found["value"] |= more["value"]
         found["interval"] |= more["interval"]
-    found["explained_fits"] = [(1 - one["errors"].var() / one["targets"].var()).item() for one in fits]
-    found["value"]["explained"] = np.mean(found["explained_fits"])
+    found["value"]["explained"] = np.mean([one["explained"] for one in fits])
     return result
 
 
@@ -297,7 +296,7 @@ def draw(path, script, truth, results, estimates):
     for axis in axes.flat[len(results) :]:
         axis.axis("off")
     for axis, (name, groups) in zip(axes.flat, results.items(), strict=False):
-        estimate, found = estimates[name]["raw"][0], groups["all"]["value"]
+        estimate, found = np.asarray(estimates[name][0]["raw"]), groups["all"]["value"]
         axis.plot([-wide, wide], [-wide, wide], color="0.7", linewidth=1)
         for label, colour in COLOURS.items():
             chosen = truth["kind"] == getattr(script, label.upper())
@@ -312,20 +311,69 @@ def draw(path, script, truth, results, estimates):
     figure.savefig(path, dpi=110)
 
 
+def stored(path):
+    """What an earlier measurement wrote with --json, its truth as arrays."""
+    try:
+        with open(path) as file:
+            content = json.load(file)
+        rows = {name: np.array(x, dtype=float) for name, x in content["truth"].items()}  # null becomes NaN
+        whole = {name: rows[name].astype(int) for name in ("state", *CELL, "kind", "action", "living")}
+        return {"flags": content["flags"], "args": content["args"]} | content | {"truth": rows | whole}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise load.Refusal(f"{path} is not what --json of this program wrote: give another.") from error
+
+
+def take_truth(flags, args, rollouts):
+    """The truth of an earlier measurement, where that had this policy's settings, states and actions."""
+    content, names = stored(flags.take_truth), ("states", "seeds", "steps", "near_steps", "long_states", "long_steps")
+    for name in (*names, "seed"):
+        if content["flags"].get(name) != getattr(flags, name):
+            said = content["flags"].get(name)
+            raise load.Refusal(f"{flags.take_truth} has --{name.replace('_', '-')} {said}: give the same, or no truth.")
+    truth = content["truth"]
+    chosen = [rollouts[r]["seen"]["action"][t, b, k] for r, t, b, k in zip(*(truth[x] for x in CELL), strict=True)]
+    if plain(asdict(args)) != content["args"] or list(map(int, chosen)) != truth["action"].tolist():
+        raise load.Refusal(f"{flags.take_truth} is of another policy, which did other things: give this one's.")
+    return truth
+
+
 def plain(x):
-    """Numbers and arrays as JSON has them; NaN becomes null."""
+    """Numbers and arrays as JSON has them, to six digits; NaN becomes null."""
     x = x.tolist() if isinstance(x, (np.ndarray, np.generic)) else x
     if isinstance(x, dict):
         return {key: plain(value) for key, value in x.items()}
     if isinstance(x, (list, tuple)):
         return [plain(value) for value in x]
     if isinstance(x, float):
-        return round(x, 6) if np.isfinite(x) else None
+        return float(f"{x:.6g}") if np.isfinite(x) else None
     return str(x) if isinstance(x, Path) else x
+
+
+def report(script, content, file, picture):
+    """Print what is in the truth and the estimates of `content`, and write all of it to a file, if one is named."""
+    truth, estimates = content["truth"], content["estimates"]
+    groups = groups_of(script, truth)
+    known = {n: quality(truth[f"{which}_error"][rows], truth[which][rows]) for n, (rows, which) in groups.items()}
+    results = {name: summary(script, truth, fits) for name, fits in estimates.items()}
+    states, spread, error = len(np.unique(truth["state"])), known["all"]["std"], known["all"]["error"]
+    print(
+        f"{content['run']}: {len(truth['t'])} actions in {states} states, {content['events']} units made to stand still"
+    )
+    print(f"truth over {content['flags']['steps']} steps: standard deviation {spread:.4f}, error {error:.4f}")
+    gap = true_gap(script, truth)
+    print("its advantage gap: {:.4f} ({:.4f}, {:.4f})\n".format(gap["value"]["gap"], *gap["interval"]["gap"]))
+    show(results, known)
+    if file:
+        with open(file, "x") as out:
+            json.dump(plain(content | {"quality": known, "true_gap": gap, "estimators": results}), out)
+    if picture:
+        draw(picture, script, truth, results, estimates)
 
 
 def credit_truth(flags):
     load.refuse_taken(flags.json, flags.picture)
+    if flags.take_truth:
+        stored(flags.take_truth)  # what is wrong with it is said at once
     script, args, agent = load.load(flags.run, flags.best, flags.script)
     numbers = {name: value for name, value in vars(flags).items() if type(value) is int}
     least = {"long_states": 0, "long_steps": flags.steps, "seeds": 2, "seed": 0}
@@ -362,39 +410,25 @@ def credit_truth(flags):
         forced.append(playing.rollout(steps, FORCED))
         events += len(forced[-1]["stood"])
     say("fresh rollouts", f"{len(fresh)} for the truth, {len(forced)} with {events} units made to stand still")
-    truth = collect_truth(flags, agent, args, fresh)
-    groups = groups_of(script, truth)
-    known = {n: quality(truth[f"{which}_error"][rows], truth[which][rows]) for n, (rows, which) in groups.items()}
-    say("truth", f"{len(truth['t'])} actions in {flags.states} states, ceiling {known['all']['ceiling']:.2f}")
+    truth = take_truth(flags, args, fresh) if flags.take_truth else collect_truth(flags, agent, args, fresh)
+    say("truth", f"{len(truth['t'])} actions in {flags.states} states")
     cases = [[] for _ in (*fresh, *forced)]  # by rollout
     found = [deaths_and_births(script, rollout) for rollout in (*fresh, *forced)]
     for name in ("after_death", "before_birth"):
         every = [(r, case) for r, one in enumerate(found) for case in one[name]]
         for i in np.random.default_rng(flags.seed).permutation(len(every))[:CASES]:
             cases[every[i][0]].append((name, every[i][1]))
-    results, estimates = {}, {}
+    estimates = {}
     for name, (file, changed) in ESTIMATORS.items():
         its_args, fits = settings(files[file], args, changed), []
         for seed in range(1 if name in NO_CRITIC else flags.fits):
             critic = None if name in NO_CRITIC else fit(files[file], its_args, train, seed)
             fits.append(judge(Estimator(name, files[file], its_args, critic), truth, fresh, forced, cases))
-        results[name] = summary(script, truth, fits)
-        estimates[name] = {key: [one[key] for one in fits] for key in ("raw", "normal")}
-        say(name, f"{len(fits)} fits, correlation {results[name]['all']['value']['correlation']:.2f}")
-    print(f"{flags.run}: {len(truth['t'])} actions in {flags.states} states, {events} units made to stand still")
-    spread, error = known["all"]["std"], known["all"]["error"]
-    print(f"truth over {flags.steps} steps: standard deviation {spread:.4f}, error {error:.4f}")
-    gap = true_gap(script, truth)
-    print("its advantage gap: {:.4f} ({:.4f}, {:.4f})\n".format(gap["value"]["gap"], *gap["interval"]["gap"]))
-    show(results, known)
-    if flags.json:
-        content = {"run": flags.run, "flags": {key: value for key, value in vars(flags).items() if key != "run"}}
-        content |= {"args": asdict(args), "seconds": seconds, "events": events, "quality": known, "true_gap": gap}
-        content |= {"truth": truth, "estimators": results, "estimates": estimates}
-        with open(flags.json, "x") as file:
-            json.dump(plain(content), file)
-    if flags.picture:
-        draw(flags.picture, script, truth, results, estimates)
+        estimates[name] = fits
+        say(name, f"{len(fits)} fits")
+    content = {"run": flags.run, "flags": {key: value for key, value in vars(flags).items() if key != "run"}}
+    content |= {"args": asdict(args), "seconds": seconds, "events": events, "truth": truth, "estimates": estimates}
+    report(script, content, flags.json, flags.picture)
 
 
 if __name__ == "__main__":
@@ -414,6 +448,7 @@ if __name__ == "__main__":
         ("seed", 0, "of everything that is drawn"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})", metavar="N")
+    parser.add_argument("--take-truth", type=Path, help="take the truth of an earlier --json", metavar="FILE")
     parser.add_argument("--json", type=Path, help="write all numbers", metavar="FILE")
     parser.add_argument("--picture", type=Path, help="draw truth and estimates", metavar="FILE.png")
     try:

@@ -5,6 +5,7 @@ import inspect
 import os
 import stat
 import sys
+import types
 import typing
 import zipfile
 from pathlib import Path
@@ -37,7 +38,8 @@ def load(run, best=False, script=None, map_size=None):
     module = import_script(source)
     args = check_settings(model["args"], module, path)
     check_tensors(model["model"], module.Agent, args, path)
-    args.bf16, args.map_size = module.computes_in_bf16(), args.map_size if map_size is None else map_size
+    args.bf16 = args.bf16 and module.computes_in_bf16()
+    args.map_size = args.map_size if map_size is None else map_size
     try:
         module.check_args(args)
     except module.Refusal as error:
@@ -49,7 +51,10 @@ def load(run, best=False, script=None, map_size=None):
 
 def refuse_taken(*paths):
     """Refuse files that a tool is to write and that are there, or have no folder to be in; None for no file."""
-    for path in filter(None, paths):
+    paths = [path for path in paths if path]
+    if len({path.absolute() for path in paths}) < len(paths):
+        raise Refusal(f"Two things cannot be written to {max(paths, key=paths.count)}: give another name to one.")
+    for path in paths:
         if path.exists() or not path.absolute().parent.is_dir():
             what = "exists already" if path.exists() else "is in a folder that does not exist"
             raise Refusal(f"{path} {what}: give another name.")
@@ -103,8 +108,7 @@ def check_settings(settings, module, path):
         what = "lacks the setting" if name in hints else "has an unknown setting"
         raise Refusal(f"{path} {what} {str(name)[:80]}: play it with the script that made it (--script).")
     for name, hint in hints.items():
-        allowed, kind = typing.get_args(hint), type(settings[name])
-        if settings[name] not in allowed if allowed else kind is not hint and (kind, hint) != (int, float):
+        if not fits(settings[name], hint):
             raise Refusal(f"{path}: the setting {name} is wrong: play a model file that nobody has edited.")
     try:
         args = module.Args(**settings)
@@ -112,6 +116,16 @@ def check_settings(settings, module, path):
     except module.Refusal as error:
         raise Refusal(f"{path}: {error}") from None
     return args
+
+
+def fits(value, hint):
+    """Whether a setting is one of its field's choices, or of its type, or of one of its types."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, part) for part in parts)
+    if origin is typing.Literal:
+        return value in parts
+    return type(value) is (origin or hint) or (type(value), hint) == (int, float)
 
 
 def check_tensors(tensors, network, args, path):
@@ -131,10 +145,15 @@ def check_tensors(tensors, network, args, path):
 
 def call(function, known):
     """Call a script's function with what its parameters are named after, since scripts differ in these."""
-    names = inspect.signature(function).parameters
-    if missing := [name for name in names if name not in known]:
-        raise Refusal(f"{function.__name__} of this script needs {missing[0]!r}, which this tool has not.")
-    return function(**{name: known[name] for name in names})
+    given = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if name in known:
+            given[name] = known[name]
+        elif parameter.default is parameter.empty:
+            raise Refusal(f"{function.__name__} of this script needs {name!r}, which this tool has not.")
+    return function(**given)
 
 
 def act(agent, obs, generator, greedy=False):

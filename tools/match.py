@@ -3,10 +3,11 @@
 A and B are runs (a run's folder, or a model file with its script.py beside it), or programs that speak the official
 kit's protocol (a main.py, or a folder with one). Runs play in this program, programs in a process of their own.
 Every map is played twice, with sides swapped, and is one that training never draws. Nobody's water is topped up.
+The interval takes games as independent: it is rather too wide where player_0 has an advantage.
 
 A side wins if the other has lost all its factories, or by more lichen after step 1,000. A draw: as much lichen on
-both sides, or the last factories of both lost in one step. A program that crashes, or answers with what the engine
-refuses, loses. One that is too slow does nothing for the rest of the game; the limits are the official local ones.
+both sides, or the last factories of both lost in one step. A program that crashes, answers with what the engine
+refuses or uses up its time loses, as in the official kit, whose local limits these are; both at once is a draw.
 The scripts beside the models, and the programs, are run: play only those that you trust.
 
     python tools/match.py runs/NAME runs/OTHER
@@ -24,6 +25,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
+from copy import deepcopy
 from dataclasses import asdict
 from functools import cache, partial
 from itertools import islice
@@ -41,14 +43,14 @@ EPISODE_STEPS = lux.EPISODE_STEPS
 
 
 class Crash(Exception):
-    """A program ended, or what it answered is no order: the player, and what it did."""
+    """What a program did in place of an answer."""
 
 
 class Program:
     """An agent in a process of its own, and its clock."""
 
     def __init__(self, path, player, flags):
-        self.player, (self.limit, self.overage), self.timed_out = player, flags.seconds, False
+        self.player, (self.limit, self.overage) = player, flags.seconds
         pipe = subprocess.PIPE
         self.process = subprocess.Popen([flags.python, path.name], cwd=path.parent, stdin=pipe, stdout=pipe)
         self.thread = ThreadPoolExecutor(1)  # writing can hang as reading can
@@ -60,21 +62,17 @@ class Program:
         return self.process.stdout.readline()
 
     def act(self, message):
-        """The answer to a turn's message; a bid, or no orders, from a program that has used up its time."""
-        idle, start = submission.BID if message["step"] == 0 else {}, time.monotonic()
-        if self.timed_out:
-            return idle
+        """The answer to a turn's message."""
+        start = time.monotonic()
         try:
             answer = self.thread.submit(self.talk, message).result(self.limit + self.overage)
         except TimeoutError:
-            self.timed_out = True
-            self.process.kill()
-            return idle
+            raise Crash("used up its time") from None
         except OSError:
             answer = b""
         self.overage -= max(0, time.monotonic() - start - self.limit)
         if not answer:
-            raise Crash(self.player, "ended")
+            raise Crash("ended")
         try:
             orders = json.loads(answer)
             for key, order in orders.items():
@@ -84,7 +82,7 @@ class Program:
                     raise ValueError
             return orders
         except (ValueError, AttributeError):
-            raise Crash(self.player, f"answered {answer[:80]!r}") from None
+            raise Crash(f"answered {answer[:80]!r}") from None
 
     def close(self):
         self.process.kill()
@@ -96,7 +94,7 @@ class Program:
 def load_run(path, map_size):
     torch.set_num_threads(1)
     script, args, agent = load.load(path, map_size=map_size)
-    return script, lambda: (agent, args.max_units)
+    return script, cache(lambda player: (deepcopy(agent), args.max_units))  # a policy can have a memory
 
 
 def find_program(path):
@@ -125,17 +123,23 @@ def play(flags, maps, number):
         if program := find_program(flags.agents[name]):
             sides[player] = programs[player] = Program(program, player, flags)
         else:
-            sides[player] = submission.Player(*load_run(flags.agents[name], flags.map_size), player, 2 * map_seed + i)
+            script, policy = load_run(flags.agents[name], flags.map_size)
+            sides[player] = submission.Player(script, partial(policy, player), player, 2 * map_seed + i)
 
-    engine, ice, crash = make_engine(flags), dict.fromkeys(players, 0), None
+    engine, ice, crashes = make_engine(flags), dict.fromkeys(players, 0), {}
     obs = news = engine.reset(seed=map_seed)[0][lux.PLAYERS[0]]
     rewards, over, info = dict.fromkeys(players, 0), False, {"env_cfg": asdict(engine.env_cfg)}
     try:
-        while not over:
+        while not over and not crashes:
             orders = {}
             for player, side in sides.items():
                 message = {"obs": news, "step": engine.env_steps, "reward": float(rewards[player]), "info": info}
-                orders[player] = side.act(message if player in programs else obs)
+                try:
+                    orders[player] = side.act(message if player in programs else obs)
+                except Crash as error:
+                    crashes[player] = error
+            if crashes:
+                break
             before, info = obs, {}
             observations, rewards, terminations, failed, _ = engine.step(orders)
             obs, over = observations[lux.PLAYERS[0]], terminations[lux.PLAYERS[0]]
@@ -143,28 +147,27 @@ def play(flags, maps, number):
                 news = engine.state.get_change_obs(before)
             for player in players:
                 if failed[player] and (obs["factories"].get(player) or obs["real_env_steps"] <= 0):
-                    raise Crash(player, "gave orders that the engine refuses")
+                    crashes[player] = "gave orders that the engine refuses"
+                    continue
                 own = obs["teams"][player]["factory_strains"]
                 ice[player] += sum(engine.meters["ice_received"][f"factory_{strain}"] for strain in own)
-    except Crash as error:
-        crasher, what = error.args
-        crash = f"{flags.agents[players[crasher]]} {what} at step {engine.env_steps}"
-        rewards = {player: -(player == crasher) for player in players}
     finally:
         for program in programs.values():
             program.close()
 
+    crash = "; ".join(f"{flags.agents[players[p]]} {what}" for p, what in crashes.items())
+    if crashes:
+        crash, rewards = f"{crash} at step {engine.env_steps}", {player: -(player in crashes) for player in players}
     best = [name for player, name in players.items() if rewards[player] == max(rewards.values())]
     winner = best[0] if len(best) == 1 else None
     end = "lichen" if all(obs["factories"].values()) else "elimination"
-    end = "crash" if crash else end if winner else "draw"
+    end = ("crash" if crash else end) if winner else "draw"
     steps = max(obs["real_env_steps"], 0)
-    game = {"map_seed": map_seed, **players, "winner": winner, "end": end, "crash": crash, "steps": steps}
+    game = {"map_seed": map_seed, **players, "winner": winner, "end": end, "crash": crash or None, "steps": steps}
     for player, name in players.items():
         own = np.isin(obs["board"]["lichen_strains"], obs["teams"].get(player, {}).get("factory_strains", []))
         lichen, factories = int(obs["board"]["lichen"][own].sum()), len(obs["factories"].get(player, {}))
         game[name] = {"lichen": lichen, "ice_delivered": int(ice[player]), "factories": factories}
-        game[name]["timed_out"] = player in programs and programs[player].timed_out
     return game
 
 
@@ -177,7 +180,8 @@ def report(flags, games):
     won = wins("elimination", "lichen", "crash")
     rows = {"games won": won, "... by elimination": wins("elimination"), "... by lichen": wins("lichen")}
     rows["... by a crash of the other"] = wins("crash")
-    rows["games with a time-out"] = [sum(game[name]["timed_out"] for game in games) for name in "AB"]
+    first = [game for game in games if game["player_0"] == game["winner"]]
+    rows["... as player_0"] = [sum(game["winner"] == n for game in first) for n in "AB"]
     for key in ("lichen", "ice_delivered", "factories"):
         means = [np.mean([game[name][key] for game in games]) for name in "AB"]
         rows[f"{key.replace('_', ' ')}, mean"] = [f"{mean:,.1f}" for mean in means]

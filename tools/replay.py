@@ -27,6 +27,10 @@ class Tape:
         self.last = obs["player_0"]
         return obs, rewards, dones, *rest
 
+    def __deepcopy__(self, memo):
+        """A game that is played on apart from the recorded one is not recorded, and does not copy what is."""
+        return object.__new__(Tape)
+
     def write(self, path):
         with open(path, "x") as file:
             json.dump(self.replay, file, separators=(",", ":"), default=lambda x: x.tolist())

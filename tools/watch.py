@@ -60,12 +60,13 @@ def play(script, args, agent, map_seed, steps, tape, truths=0):
         units, probs, chosen = slice(args.max_units), probs[0].numpy().copy(), action[0].numpy().copy()
         chosen[units] = script.TURNED_BACK[symmetry][chosen[units]]
         probs[units] = probs[units][:, script.TURNED[symmetry]]
+        before = env.ids[0]
         obs, _, over, _, _ = env.step(action.numpy())
         for key in obs.keys() - seen:  # of the step before: reward, done ...
             rollout[f"{key}s"].append(torch.from_numpy(obs[key][:1]).float())
         percent = np.where(mask, np.rint(100 * probs), -1).astype(int)  # -1: masked
         frame = {"view": view, "percent": percent, "action": chosen, "meters": env.engine.meters, "truth": truth}
-        lost = obs["done"][0].astype(bool) & (not over)
+        lost = [name is not None and name not in env.ids[0] for name in before]
         frames.append(frame | {"ice": int(env.stats[0]["ice_transferred"]), "lost": lost})
     note_values()
     return frames, {key: torch.stack(values) for key, values in rollout.items()}, env.engine.env_cfg, tape
@@ -199,7 +200,9 @@ def pictures(frames, scale=8):
 
 
 def watch(flags):
-    output = flags.output or Path(f"{flags.run.stem}-{flags.map_seed}.html")
+    path = flags.run.absolute()
+    title = path.name if path.is_dir() else f"{path.parent.name}-{path.stem}"
+    output = flags.output or Path(f"{title}-{flags.map_seed}.html")
     load.refuse_taken(output, flags.gif, flags.replay)
     script, args, agent = load.load(flags.run, flags.best, flags.script, flags.map_size)
     if not 0 <= flags.map_seed < script.NUM_EVAL_MAPS or flags.steps < 1 or flags.truth < 0:
@@ -223,9 +226,16 @@ def watch(flags):
     ours, theirs = entities(script, frames, columns)
     view, boards = frames[0]["view"], [frame["view"].board for frame in frames]
     lichen = [np.where(frame["view"].own_lichen, 1, -1) * frame["view"].board["lichen"] for frame in frames]
-    labels = [{getattr(script, name): name.lower().replace("_", " ") for name in kind} for kind in ACTIONS]
-    content = {"run": flags.run.stem, "script": script.__doc__.splitlines()[0], "map_seed": flags.map_seed}
+    labels = []
+    for kind, part in zip(ACTIONS, (slice(args.max_units), slice(args.max_units, None)), strict=True):
+        names = {getattr(script, name): name.lower().replace("_", " ") for name in kind if hasattr(script, name)}
+        legal = np.any([frame["percent"][part] >= 0 for frame in frames], axis=(0, 1))
+        more = range(script.NUM_ACTIONS) if not labels else np.flatnonzero(legal).tolist()  # a script's own actions
+        numbers = sorted({*names, *more})
+        labels.append({number: names.get(number, f"action {number}") for number in numbers})
+    content = {"run": title, "script": script.__doc__.splitlines()[0], "map_seed": flags.map_seed}
     content |= {"size": view.size, "steps": len(frames), "cycle": rules.CYCLE_LENGTH, "day": rules.DAY_LENGTH}
+    content["alive"] = getattr(args, "reward_factory_alive", None)  # what a factory gets for nothing else
     content |= {"truths": [t for t, frame in enumerate(frames) if frame["truth"] is not None], "look": QUICK[0]}
     content |= {"rubble": boards[0]["rubble"].ravel().tolist(), "lichen_changes": changes(lichen), "labels": labels}
     content |= {f"{name}_tiles": np.flatnonzero(boards[0][name]).tolist() for name in ("ice", "ore")}
