@@ -6,7 +6,8 @@ The run's policy plays the first 160 steps of games of each task. On these traje
 and clustered as in 40 iterations of a run, by each coverage loss and with four seeds; that is, always on the
 same trajectories, of a policy that stays as it is. Printed by seed: adjusted Rand index against the tasks
 after the first clustering and after the last, codes used, and the mean share of labels that the later
-clusterings kept, from the last centroids and with random starts. The run's script is run as a program.
+clusterings kept, from the last centroids and with random starts. With --stored nobody plays: the trajectories
+are the newest N of each environment that are in the run's checkpoint and whole. The run's script is run as a program.
 """
 
 import argparse
@@ -35,12 +36,25 @@ def play(script, args, agent, task, number):
     return torch.from_numpy(np.stack(states))
 
 
+def stored(run, number):
+    """The newest whole trajectories of each environment in a run's checkpoint, as (task, states (T, 16))."""
+    _, _, _, classes = class_curves.read_classes(run)
+    games = []
+    for now in classes.place.tolist():
+        first = now - now % classes.places
+        for place in (first + (now - n) % classes.places for n in range(1, min(number, classes.places - 1) + 1)):
+            if classes.count[place] == trama_lux.NUM_POINTS:
+                games.append((int(classes.task[place]), classes.states[place]))
+    return games
+
+
 def trial(games, num_classes, coverage, seed):
     """Rand index after the first and the last clustering, codes used, mean shares of labels kept (own, random)."""
     torch.manual_seed(seed)
-    classes = trama_lux.Classes(trama_lux.Args(num_classes=num_classes, coverage=coverage))
+    trama_lux.NUM_STORED = len(games)  # all of them
+    classes = trama_lux.Classes(trama_lux.Args(num_envs=1, num_classes=num_classes, coverage=coverage))
     free = [place for place in range(len(classes.count)) if place not in classes.place.tolist()]
-    for place, (task, states) in zip(free, games, strict=False):
+    for place, (task, states) in zip(free, games, strict=True):
         classes.states[place, : len(states)], classes.count[place], classes.task[place] = states, len(states), task
     optimizer, rng = torch.optim.Adam(classes.parameters()), torch.Generator().manual_seed(seed)
     found, shares = [], []
@@ -57,12 +71,21 @@ def trial(games, num_classes, coverage, seed):
 
 
 def main(flags):
+    if flags.stored is not None and flags.stored < 1:
+        raise load.Refusal(f"--stored must be at least 1, got {flags.stored}.")
     if not 8 <= flags.games <= 80:
         raise load.Refusal(f"--games must be between 8 and 80, got {flags.games}.")
     torch.set_num_threads(1)
     script, args, agent = load.load(flags.run)
-    tasks = [(list(trama_lux.TASKS).index(task), task) for task in flags.tasks]
-    games = [(number, play(script, args, agent, task, n)) for number, task in tasks for n in range(flags.games)]
+    if flags.stored:
+        games = stored(flags.run, flags.stored)
+        if len(games) < 24:
+            raise load.Refusal(
+                f"{flags.run} has stored {len(games)} whole trajectories, a trial needs 24: train longer."
+            )
+    else:
+        tasks = [(list(trama_lux.TASKS).index(task), task) for task in flags.tasks]
+        games = [(number, play(script, args, agent, task, n)) for number, task in tasks for n in range(flags.games)]
     print(f"{len(games)} games of {flags.run}; by seed: first and last Rand index, codes, kept (random)")
     for num_classes in (3, 4):
         for coverage in ("tk", "t", "none"):
@@ -78,6 +101,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--games", type=int, default=20, metavar="N", help="games of each task (default: 20, at most 80)"
     )
+    parser.add_argument("--stored", type=int, metavar="N", help="play none: take the newest N of each environment")
     tasks = ["cave", "mountain", "mountain-lean"]
     parser.add_argument(
         "--tasks", nargs="+", default=tasks, metavar="TASK", help="default: cave mountain mountain-lean"

@@ -30,6 +30,8 @@ def play(run, task, map_seed):
     script, args, agent = load.load(run)
     args.tasks = [task]
     env, generator, over = script.LuxEnv(args), torch.Generator().manual_seed(map_seed), False
+    if hasattr(agent, "generator"):
+        agent.generator.manual_seed(map_seed)  # where a policy draws classes by chance
     obs, _ = env.reset(options={"map_seed": map_seed}, seed=map_seed)
     while not over:
         _, action = load.act(agent, obs, generator)

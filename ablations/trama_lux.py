@@ -9,13 +9,12 @@
 - What it predicts, sampled at every step, becomes a vector that is added in the last convolution of actor
   and critic, through a matrix that starts at zero: until it learns, the policy is the parent's.
 
-`--class-source task` tells the task itself (an upper bound), `uniform` a class by chance (what a class
-that says nothing does). With `--num-classes 1` the curve is the parent's to the digit, and with the
-default, `--tasks mix`, so are the games. The formulas are those of the authors' repository,
-aailab-kaist/TRAMA; ablations/TRAMA.md says what differs. `ppo_trajsep_lux.py` is the parent; lines that
-say "Differs" or "Added" mark what is not the same.
+`--class-source task` tells the task itself (an upper bound), `uniform` a class by chance (what a class that says
+nothing does). With `--num-classes 1 --tasks mix` the curve is the parent's to the digit. The formulas are those of
+the authors' repository, aailab-kaist/TRAMA; ablations/TRAMA.md says what differs. `ppo_trajsep_lux.py` is the
+parent; lines that say "Differs" or "Added" mark what is not the same.
 
-GPU, the paper's setting:   python ablations/trama_lux.py --tasks cave mountain mountain-lean
+GPU, 48x48, 4 factories:    python ablations/trama_lux.py --tasks cave mountain mountain-lean
 CPU, a run of minutes:      python ablations/trama_lux.py --tasks cave mountain mountain-lean --small
 """
 
@@ -213,12 +212,12 @@ def check_args(args):
 # ended in the step that took obs[t] to obs[t + 1] (CleanRL notes it at t + 1): nothing later flows back over it.
 
 EMPTY, LIGHT, HEAVY, FACTORY = range(4)  # kind of entity in a slot
-# Added to ppo_trajsep_lux: classes; of a team's trajectory count its first steps, and of these every eighth
+# Added to ppo_trajsep_lux: classes; of a team's trajectory its first 160 steps count, and of these every eighth
 HORIZON, STRIDE, NUM_POINTS = 160, 8, 20
-# Added to ppo_trajsep_lux: numbers in a state (the planes but the clock's), in a code, codes, a memory's and a guide's
-STATE_SIZE, CODE_SIZE, NUM_CODES, WIDTH = 16, 4, 256, 32
+# Added to ppo_trajsep_lux: numbers in a state, around an entity, in a code; codes; numbers in a memory or guide
+STATE_SIZE, NEAR_SIZE, CODE_SIZE, NUM_CODES, WIDTH = 16, 54, 4, 256, 32
 # Added to ppo_trajsep_lux: trajectories that are kept; iterations from one clustering to the next
-NUM_STORED, CLUSTER_EVERY = 256, 8
+NUM_STORED, CLUSTER_EVERY = 64, 8
 
 
 def group_index(unit_id, max_units, num_groups):
@@ -357,7 +356,7 @@ class Classes(nn.Module):
         self.codes = nn.Parameter(torch.rand(NUM_CODES, d))
         cover = coverage_sets(NUM_CODES, args.num_classes if args.coverage == "tk" else 1, NUM_POINTS)
         self.cover = cover.expand(-1, args.num_classes, -1) & (args.coverage != "none")
-        self.places = NUM_STORED // num_rows + 1
+        self.places = max(1, NUM_STORED // num_rows) + 1  # of each row, one for the trajectory that goes on
         self.register_buffer("states", torch.zeros(num_rows * self.places, NUM_POINTS, s))
         for name in ("count", "label", "task"):  # its states, its class at the last clustering, and what is only logged
             self.register_buffer(name, torch.full((num_rows * self.places,), -1))
@@ -493,10 +492,10 @@ class Agent(nn.Module):
         self.critic_pixel = layer_init(nn.Linear(args.channels, args.channels))  # a 1x1 convolution
         self.critic_head = layer_init(nn.Linear(args.channels, 3), std=1.0)
         # Differs from ppo_trajsep_lux: classes
-        self.source, self.num_classes, self.hidden = args.class_source, args.num_classes, torch.zeros(1, 1, WIDTH)
-        self.generator, inputs, n = torch.Generator().manual_seed(args.seed), 3 * NUM_PLANES, args.num_classes
+        self.source, self.hidden, self.generator = args.class_source, torch.zeros(1, 1, WIDTH), torch.Generator()
+        self.num_classes = n = len(TASKS) if self.source == "task" else args.num_classes
         with torch.random.fork_rng(devices=[]):  # what else is drawn is the parent's
-            self.predictor = nn.ModuleList([nn.Linear(inputs, WIDTH), nn.GRUCell(WIDTH, WIDTH), nn.Linear(WIDTH, n)])
+            self.predictor = nn.ModuleList([nn.Linear(NEAR_SIZE, WIDTH), nn.GRUCell(WIDTH, WIDTH), nn.Linear(WIDTH, n)])
             self.guide = nn.Sequential(nn.Linear(n, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH))
         self.guided = nn.Parameter(torch.zeros(2, args.channels, WIDTH))  # actor and critic
         self.to(memory_format=torch.channels_last)
@@ -527,7 +526,7 @@ class Agent(nn.Module):
         chance = torch.rand(*kind.shape, 1, generator=self.generator).to(kind.device)
         klass = ((logits[0] * scale).softmax(-1).cumsum(-1) < chance).sum(-1).clamp(max=self.num_classes - 1)
         if self.source == "task":
-            klass = (obs["task"].long() % self.num_classes)[:, None].expand(kind.shape)
+            klass = obs["task"].long()[:, None].expand(kind.shape)
         return {"klass": klass, "near": near, "hidden": hidden}
 
     def entity_features(self, trunk, obs):
@@ -1263,7 +1262,7 @@ if __name__ == "__main__":
 
         # ---- rollout
         rollout_start = time.time()
-        agent.generator.manual_seed(args.seed << 32 | iteration)
+        agent.generator.manual_seed(int(np.random.SeedSequence([args.seed, iteration]).generate_state(1)[0]))
         torch.set_num_threads(max(1, num_threads // 2))  # the environments' processes need cores as well
         # Differs from ppo_trajsep_lux: tasks
         episodes = {name: [] for name in [*EPISODE_STATS, *(f"return_{task}" for task in args.tasks)]}
@@ -1284,8 +1283,8 @@ if __name__ == "__main__":
                     last[key][i] = infos["final_obs"][i][key]
                 for name in EPISODE_STATS:
                     episodes[name].append(infos["final_info"]["episode"][name][i])
-                task = infos["final_obs"][i]["task"][0]
-                episodes["return_" + list(TASKS)[task]].append(episodes["episodic_return"][-1])
+                task = list(TASKS)[infos["final_obs"][i]["task"][0]]
+                episodes[f"return_{task}"].append(episodes["episodic_return"][-1])
             last, next_obs = to_tensors(last, device), to_tensors(next_obs, device)
             next_obs |= agent.classify(next_obs)
             entity_reward[step], entity_dones[step] = last["reward"], last["done"]
@@ -1329,7 +1328,7 @@ if __name__ == "__main__":
         target = torch.where(entity_mask, label[place].to(device)[..., None], -1)  # (num_steps, num_rows, num_slots)
         for _ in range(3):
             logits, _ = agent.predict(obs["near"], entity_mask, obs["hidden"][0])
-            figures.setdefault("accuracy", masked_mean((logits.argmax(-1) == target).float(), target >= 0))
+            figures.setdefault("accuracy", (logits.argmax(-1) == target)[target >= 0].float().mean())
             error = F.cross_entropy(logits.flatten(0, 2), target.flatten(), ignore_index=-1, reduction="sum")
             (error / (target >= 0).sum().clamp(min=1)).backward()
             class_optimizer.step()

@@ -153,15 +153,18 @@ def test_trajectories_end_with_the_episode_and_with_the_horizon():
 
 
 def test_a_place_that_is_taken_again_has_neither_label_nor_states():
-    classes = trama.Classes(trama.Args(num_envs=128, num_steps=64))
+    classes = trama.Classes(trama.Args(num_envs=32, num_steps=64))
     assert classes.places == 3
     classes.label[:] = 2
     for _ in range(4):
-        place = classes.add(torch.zeros(64, 128, 16), torch.arange(64)[:, None].expand(64, 128))
+        place = classes.add(torch.zeros(64, 32, 16), torch.arange(64)[:, None].expand(64, 32))
     assert (classes.label[place[0]] == -1).all() and (classes.label == -1).all()
-    place = classes.add(torch.zeros(9, 128, 16), torch.arange(9)[:, None].expand(9, 128))
-    assert (classes.count[place[0]] == 2).all() and (classes.count == 8).sum() == 256
-    assert len(place[0].unique()) == 128 and (place[0] // 3 == torch.arange(128)).all()
+    place = classes.add(torch.zeros(9, 32, 16), torch.arange(9)[:, None].expand(9, 32))
+    assert (classes.count[place[0]] == 2).all() and (classes.count == 8).sum() == trama.NUM_STORED
+    assert len(place[0].unique()) == 32 and (place[0] // 3 == torch.arange(32)).all()
+    many = trama.Classes(trama.Args(num_envs=300, num_steps=64))  # more than are kept
+    place = many.add(torch.zeros(64, 300, 16), (torch.arange(64)[:, None] % 40).expand(64, 300))
+    assert (many.count[place[0]] == 5).all() and (many.count[place[-1]] == 3).all()  # one game and the next, apart
 
 
 def test_states_are_standardised_and_constant_planes_are_zero():
@@ -209,7 +212,7 @@ def filled(groups=3, seed=0, **changes):
     classes.count[:60], classes.task[:60] = 20, group
     for plane, sign in ((3, 1), (5, -1)):
         classes.states[:60, :, plane] = sign * group[:, None] + 0.05 * torch.randn(60, 20)
-    classes.place[:] = 70
+    classes.place[:] = 65
     return classes, group
 
 
@@ -354,9 +357,9 @@ def test_where_a_class_comes_from():
     classes = {}
     for source in ("task", "uniform", "predictor"):
         agent = make_agent(class_source=source)
-        agent.predictor[2].bias.data[:] = torch.tensor([0.0, 3, 0, 0])
+        agent.predictor[2].bias.data.zero_()[1] = 3.0
         classes[source] = agent.classify(obs)["klass"]
-    assert torch.equal(classes["task"], (obs["task"] % 4)[:, None].expand(200, 7))
+    assert torch.equal(classes["task"], obs["task"][:, None].expand(200, 7))  # each of them, however many classes
     assert (torch.bincount(classes["uniform"].flatten()) / 1400 - 0.25).abs().max() < 0.05
     assert 0.8 < (classes["predictor"] == 1).float().mean() < 0.95  # sampled: e^3 / (e^3 + 3) is 0.87
     assert (agent.eval().classify(obs)["klass"] == 1).all()
@@ -422,7 +425,7 @@ def test_each_task_is_drawn_as_often_and_kept_when_a_game_is_played_again():
 
 SHORT = {  # classes within three iterations of 32 steps; and what must hold in each minibatch
     "HORIZON, STRIDE, NUM_POINTS = 160, 8, 20": "HORIZON, STRIDE, NUM_POINTS = 16, 2, 8",
-    "NUM_STORED, CLUSTER_EVERY = 256, 8": "NUM_STORED, CLUSTER_EVERY = 16, 1",
+    "NUM_STORED, CLUSTER_EVERY = 64, 8": "NUM_STORED, CLUSTER_EVERY = 16, 1",
     "whole.sum() < 6 * len": "whole.sum() < 1 * len",
     "                optimizer.step()\n": "                assert losses or (ratio - 1).abs().max() < 1e-4\n"
     "                assert all(p.grad is None for p in [*agent.predictor.parameters(), *classes.parameters()])\n"
