@@ -2,7 +2,7 @@
 
     python ablations/report.py baselines [--scale cpu]   one figure: results/<scale>/<figure>.md and .png
     python ablations/report.py claims                    the paper's claims beside ours, in ablations/README.md
-    python ablations/report.py all                       every figure of this scale that has curves, and the claims
+    python ablations/report.py all                       every table that is there, made anew, and the claims
     python ablations/report.py --compare trajsep mine    folders of results; all are compared with the first
 
 METHOD below says how the numbers are made; it is printed before every table. Curves that are damaged or
@@ -32,8 +32,8 @@ the mean over the run's windows of 4,096 steps (a thirteenth of a run of another
 which ended there delivered. A window in which none ended lies on the line between its neighbours and counts 0 before \
 the first. Beside it the **end**, the episodes of the last two windows, and the step at which the first episode of \
 1,000 steps, a full one, ended ("10% full": the first window with that share of them, over all runs). Each number is a \
-mean over runs with its 95% interval: from five runs on by the BCa bootstrap, with the interquartile mean (IQM) beside \
-it, below by Student's t, because a bootstrap of three is too narrow. A **ratio** is the second's mean over the \
+mean over runs with its 95% interval by Student's t ([a bootstrap of so few is too narrow](LOG.md#intervals)), from \
+five runs on with the interquartile mean (IQM) beside it. A **ratio** is the second's mean over the \
 first's. Its interval holds the ratios r around it for which Welch's test does not tell the second from r times the \
 first: that is sound for three runs, spans 1 exactly where Welch's p is above 0.05, and has no end where the first may \
 be 0. p has Holm's correction for all tests of the table; d is Cohen's. In pictures a band is the interval; below five \
@@ -59,7 +59,7 @@ COLOURS = {  # Okabe and Ito's, safe for the colour-blind; a variant has the sam
     "#000000": "global global_paper_ppo:-- vdn:-- vdn_whole:-. global_grad_10:-- global_no_value_clip:-. trama_parent",
     "#E69F00": "ippo ippo_share:-- ippo_grad_10:-- ippo_no_value_clip:-."
     " groups_1:-- own_reward_25 closest_factory top_advantage_1_all_values random_4"
-    " poster_norms epochs_2 global_paper_rollout:-- trajsep_paper_rollout:-. dae_25:-- dae_100:-."
+    " poster_norms heavies epochs_2 global_paper_rollout:-- trajsep_paper_rollout:-. dae_25:-- dae_100:-."
     " trama_cave:-- trama_uniform",
     "#D55E00": "mappo mappo_share:-- mappo_grad_10:-- mappo_no_value_clip:-."
     " groups_2:-- quadrant top_advantage_1 random_2 global_paper_learning_rate:--"
@@ -140,9 +140,9 @@ def short(ratio):
     return number(ratio) if abs(ratio) >= 10 or ratio == 0 else f"{ratio:.2g}" if abs(ratio) < 0.1 else f"{ratio:.2f}"
 
 
-def with_interval(values, name, statistic=np.mean):
-    low, high = interval(values, *MEASURES[name][1:], statistic)
-    return number(statistic(values)) + ("" if np.isnan(low) else f" [{number(low)}, {number(high)}]")
+def with_interval(values, name):
+    low, high = interval(values, *MEASURES[name][1:])
+    return number(np.mean(values)) + ("" if np.isnan(low) else f" [{number(low)}, {number(high)}]")
 
 
 def ratio_text(found):
@@ -183,6 +183,17 @@ def notes(data):
         if (scale, name) in SAME_RUNS:
             other, reason = SAME_RUNS[scale, name]
             lines.append(f"`{name}` on {MAPS[scale]} has the runs of `{other}` as well: {reason}.")
+        settings = {seed: curve.made.get("settings", {}) for seed, curve in curves.items()}
+        for flag in sorted(
+            {flag for one in settings.values() for flag in one} - {"seed", "run_name", "resume", "bf16"}
+        ):
+            seeds_of = defaultdict(list)
+            for seed, one in settings.items():
+                if flag in one:
+                    seeds_of[str(one[flag])].append(seed)
+            if len(seeds_of) > 1:
+                different = ", ".join(f"{value} for {names_of(seeds)}" for value, seeds in seeds_of.items())
+                lines.append(f"**`{name}` on {MAPS[scale]} has runs of different settings**: {flag} is {different}.")
         for seed, curve in curves.items():
             commit, clean = curve.made.get("commit", "unknown"), curve.made.get("clean", True)
             same = clean and commit.split()[0] in SAME_TRAINING.split()
@@ -219,7 +230,7 @@ def table(variants, data, scale):
         ice, end = measure(curves, "ice of the run"), measure(curves, "ice at the end")
         cells = [variant.label, names_of(curves), number(next(iter(curves.values())).steps)]
         cells += [with_interval(ice, "ice of the run")]
-        cells += [with_interval(ice, "ice of the run", middle_mean) if len(ice) >= 5 else ""]
+        cells += [number(middle_mean(ice)) if len(ice) >= 5 else ""]
         cells += [with_interval(end, "ice at the end"), first_text(curves), reached(curves, 0.1), reached(curves, 0.95)]
         cells += [with_interval(measure(curves, part), part) for part in list(MEASURES)[3:]]
         if name in found:
@@ -286,7 +297,9 @@ def untrained(folder, metric):
     values = []
     for path in sorted((folder / "untrained").glob("seed*_eval.txt")):
         rows = [[cell.strip() for cell in line.split("|")] for line in path.read_text().splitlines() if "|" in line]
-        sampled = next(row for row in rows if row[1] == "sampled")
+        sampled = next((row for row in rows if row[1] == "sampled"), None)
+        if sampled is None:
+            sys.exit(f"{path} has no table of an evaluation, as those under results/cpu/untrained/ have: remove it.")
         values.append(float(sampled[rows[0].index(metric)].split()[0].replace(",", "")))
     return np.mean(values) if values else None
 
@@ -307,7 +320,8 @@ def plot(variants, data, path):
             steps = (1 + np.arange(values.shape[1])) * curves[0].window
             axis.plot(steps, values.mean(0), style, color=colour, label=label)
             if len(curves) >= 5:
-                bounds = np.array([interval(column) for column in values.T])
+                limits = MEASURES["length at the end" if metric == "episodic_length" else "ice at the end"][1:]
+                bounds = np.array([interval(column, *limits) for column in values.T])
                 axis.fill_between(steps, *bounds.T, color=colour, alpha=0.15, linewidth=0)
             elif len(curves) > 1:
                 axis.plot(steps, values.T, style, color=colour, alpha=0.35, linewidth=0.7)
@@ -362,6 +376,8 @@ def main():
     if (args.figure is None) == (args.compare is None):
         sys.exit("Name a figure, or folders of results with --compare.")
     if args.compare:
+        if bad := [name for name in args.compare if Path(name).name != name]:
+            sys.exit(f"--compare takes names of folders under {args.results / scale}, got {bad[0]}.")
         variants = [VARIANTS.get(name) or own_variant(args.results / scale / name) for name in args.compare]
         return report(args.results, scale, "compare_" + "_".join(args.compare), variants)
     made = [(scale, args.figure)] if args.figure in FIGURES else []

@@ -76,6 +76,7 @@ ippo_no_value_clip | IPPO, no value clip | ippo_lux.py | --no-clip-vloss |
 mappo_grad_10 | MAPPO, gradient clip 10 | mappo_lux.py | --max-grad-norm 10 |
 mappo_no_value_clip | MAPPO, no value clip | mappo_lux.py | --no-clip-vloss |
 poster_norms | the poster's norms | poster_norms | |
+heavies | heavy units only | heavies | |
 epochs_2 | 2 epochs in place of 3 | ppo_trajsep_lux.py | --update-epochs 2 |
 trajsep_paper_ppo | trajectory separation, the paper's PPO | ppo_trajsep_lux.py | {PAPER_PPO} | 44,472 +- 12,065
 global_paper_ppo | one global trajectory, the paper's PPO | ppo_global_lux.py | {PAPER_PPO} | 3,066 +- 2,996
@@ -156,6 +157,7 @@ FIGURES = {  # the first variant of each is what the others are compared with
     "specialists": "trama_parent trama_cave trama_mountain trama_mountain_lean",  # then cross_play.py
     "trama": "trama_parent trama_oracle trama trama_uniform",
     "norms": "trajsep poster_norms",
+    "more_ice": "trajsep heavies",
     "epochs": "trajsep epochs_2",
     "paper_ppo": "trajsep trajsep_paper_ppo global global_paper_ppo",
     "paper_ppo_parts": "global global_paper_rollout global_paper_learning_rate global_paper_entropy"
@@ -226,15 +228,22 @@ class Run:
 
     def start(self, threads):
         """Start the process; a sentence instead if it would go on with what another version of the script began."""
-        copy = self.folder / "script.py"
+        copy, begun = self.folder / "script.py", self.folder.with_name(f"{self.name}.command")
+        away = f"rename or remove {self.folder}, or go back to what began it"
         if copy.exists() and copy.read_bytes() != (ROOT / self.variant.script).read_bytes():
-            return f"was begun by another version of {self.variant.script}: rename or remove {self.folder}"
+            return f"was begun by another version of {self.variant.script}: {away}"
+        if (
+            copy.exists() and begun.exists() and begun.read_text() != self.command
+        ):  # a resumed run keeps what is not said
+            return f"was begun by another command, {begun.read_text()}: {away}"
+        self.collected = self.ended()
         self.version = {
             "commit": output("git", "rev-parse", "--short", "HEAD") or "unknown",
             "clean": output("git", "status", "--porcelain", "--", ".", ":!ablations/results") == "",
             "script_sha256": self.script_hash(),
         }
-        self.log.parent.mkdir(exist_ok=True)
+        begun.parent.mkdir(exist_ok=True)
+        begun.write_text(self.command)
         with open(self.log, "a") as log:
             self.process = subprocess.Popen(
                 [sys.executable, *self.words],
@@ -245,6 +254,16 @@ class Run:
                 start_new_session=True,  # Ctrl-C reaches the runner alone, which passes it on once
                 preexec_fn=partial(end_with, os.getpid()),
             )
+
+    def ended(self):
+        """Whether the run's folder holds a run that is finished, on whatever machine."""
+        try:
+            last = list(csv.DictReader((self.folder / "progress.csv").read_text().splitlines()))[-1]
+            settings = json.loads((self.folder / "args.json").read_text())
+            batch = settings["num_envs"] * settings["num_steps"]
+            return int(last["global_step"]) + batch > settings["total_timesteps"]
+        except (OSError, ValueError, KeyError, IndexError, TypeError):
+            return False
 
     def store(self):
         """Copy the curve of the ended process to results/; a sentence instead if it failed or is not whole."""
@@ -257,8 +276,12 @@ class Run:
             steps = settings["total_timesteps"] // batch * batch
             curve = (self.folder / "progress.csv").read_bytes()
             last = list(csv.DictReader(curve.decode().splitlines()))[-1]
-            made = {"label": self.variant.label, "command": self.command, **self.version, "processor": processor()}
-            made |= {"bf16": settings.get("bf16"), "torch": version("torch"), "steps": steps}
+            made = {"label": self.variant.label, "command": self.command, **self.version}
+            if self.collected:  # the same script, but perhaps on another machine
+                made["recorded"] = "collected from a run that was finished"
+            else:
+                made |= {"processor": processor(), "torch": version("torch")}
+            made |= {"bf16": settings.get("bf16"), "steps": steps}
             made |= {"seconds": float(last["charts/seconds"]), "settings": settings}
             if int(last["global_step"]) != steps:
                 return f"is not whole: {self.folder}/progress.csv ends at step {last['global_step']} of {steps}"
@@ -268,6 +291,14 @@ class Run:
         replace(self.result, curve)
 
 
+def attempt(step, *given):
+    """What a step of a run says, or the sentence of a disk that is full or may not be written."""
+    try:
+        return step(*given)
+    except OSError as error:
+        return f"stopped at {error}"
+
+
 def run_all(runs, jobs, threads):
     """Start the runs as slots come free; a sentence for each that failed."""
     waiting, running, failed = list(runs), [], []
@@ -275,13 +306,15 @@ def run_all(runs, jobs, threads):
         while waiting or running:
             while waiting and len(running) < jobs:
                 run = waiting.pop(0)
-                if problem := run.start(threads):
+                if run.result.exists():  # another runner's
+                    print(run.name, "was finished elsewhere", flush=True)
+                elif problem := attempt(run.start, threads):
                     failed.append(f"{run.name} {problem}")
                 else:
                     running.append(run)
             for run in [run for run in running if run.process.poll() is not None]:
                 running.remove(run)
-                if problem := run.store():
+                if problem := attempt(run.store):
                     failed.append(f"{run.name} {problem}")
                 print(run.name, problem or "is finished", f"({len(waiting) + len(running)} to go)", flush=True)
             time.sleep(0.2)
@@ -302,6 +335,10 @@ def own_variant(script, flags, label):
     name = re.sub("[^a-z0-9]+", "_", label.lower()).strip("_")
     if not (ROOT / script).is_file():
         sys.exit(f"--script: there is no {script} in {ROOT}.")
+    try:
+        shlex.split(flags)
+    except ValueError as error:
+        sys.exit(f"--flags {flags!r}: {str(error)[:1].lower()}{str(error)[1:]}.")
     if not name or name in VARIANTS:
         sys.exit(f"--label {label!r} gives the results folder {name!r}, which is taken or empty: choose another.")
     return Variant(name, label, script, flags)
@@ -315,7 +352,7 @@ def main():
     parser.add_argument("--label", help="its name in tables; its results folder is named by it (default: the script's)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--scale", choices=SCALES, help="default: cpu, or paper for the headline")
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument("--jobs", type=int, default=max(1, cores // 2), help="runs at a time (default: cores / 2)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands of the missing runs and stop")
     args = parser.parse_args()
@@ -332,7 +369,11 @@ def main():
         variants = dict.fromkeys(v for name in FIGURES if args.figure in (name, "all") for v in FIGURES[name])
     runs = [Run(variant, seed, scale) for seed in args.seeds for variant in variants]
     if outdated := [run.name for run in runs if run.result.exists() and run.is_outdated()]:
-        print("Of another command or script, and kept (remove a curve to run it anew):", *outdated, file=sys.stderr)
+        print(
+            "Of another command or script, and kept (to run one anew, remove its curve and its folder in runs/):",
+            *outdated,
+            file=sys.stderr,
+        )
     runs = [run for run in runs if not run.result.exists()]
     if args.dry_run:
         print(*[run.command for run in runs], sep="\n", end="\n" if runs else "")

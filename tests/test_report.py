@@ -75,10 +75,11 @@ def test_intervals_by_hand():
     assert curves.interval(values, 0, 5) == (0, 5)  # never past what can be measured
     assert np.isnan(curves.interval(values[:1])).all() and curves.interval(np.full(6, 7.0)) == (7, 7)
     many = np.array([1.0, 2.0, 3.0, 4.0, 100.0])
-    low, high = curves.interval(many)
-    assert 1 < low < np.mean(many) < high < 100 and curves.interval(many) == (low, high)
+    assert curves.interval(many) == pytest.approx(stats.t.interval(0.95, 4, many.mean(), stats.sem(many)))
     assert curves.middle_mean(many) == 3
-    assert np.isfinite(curves.interval(np.array([0, 0, 0, 0, 5.0]), statistic=curves.middle_mean)).all()
+    rng = np.random.default_rng(0)  # of five normal runs 95 in a hundred intervals hold the mean; of a bootstrap's 85
+    held = [low < 12 < high for low, high in (curves.interval(rng.normal(12, 3, 5)) for _ in range(2000))]
+    assert 0.935 < np.mean(held) < 0.965
 
 
 def test_the_interval_of_a_ratio():
@@ -155,9 +156,7 @@ def test_a_table_by_hand(tmp_path, monkeypatch, capsys):
     found = rows(text)
     full = found["trajectory separation"]
     assert full["runs"] == "1 2 3, random_16 1 2 3" and full["ratio to the first: ice of the run"] == ""
-    assert full["ice of the run"].startswith(f"{31.5 * 9 / 13:.1f} [") and full["IQM"].startswith(
-        f"{31.5 * 9 / 13:.1f} ["
-    )
+    assert full["ice of the run"].startswith(f"{31.5 * 9 / 13:.1f} [") and full["IQM"] == f"{31.5 * 9 / 13:.1f}"
     assert full["ice at the end"].startswith("31.5 [") and full["10% full"] == "20,480"
     one, sixteen = found["1 at random"], found["16 at random"]
     assert (one["runs"], one["IQM"], one["95% full"], one["first full episode"]) == (
@@ -240,6 +239,17 @@ def test_curves_of_different_versions_of_training_are_named(tmp_path, monkeypatc
     ]
 
 
+def test_runs_of_different_settings_under_one_name_are_told(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "cpu/trajsep/seed1.csv", [9] * 13)  # recorded without settings
+    for seed, rate in ((2, 0.1), (3, 0.1), (4, 0.2)):
+        settings = {"seed": seed, "learning_rate": rate, "gamma": 0.99}
+        write(tmp_path / f"cpu/trajsep/seed{seed}.csv", [9] * 13, settings=settings)
+    call(monkeypatch, "epochs", "--results", tmp_path)
+    told = "**`trajsep` on 32x32 has runs of different settings**: learning_rate is 0.1 for 2 3, 0.2 for 4.\n"
+    out = capsys.readouterr().out
+    assert told in out and out.count("different settings") == 1
+
+
 def test_a_variant_of_ones_own_is_compared_by_its_folder(tmp_path, monkeypatch, capsys):
     for seed in (1, 2):
         write(tmp_path / f"tiny/trajsep/seed{seed}.csv", [seed] * 32, step=64)
@@ -254,6 +264,12 @@ def test_a_variant_of_ones_own_is_compared_by_its_folder(tmp_path, monkeypatch, 
         call(monkeypatch, "--compare", "trajsep", "nowhere", "--scale", "tiny", "--results", tmp_path)
     with pytest.raises(SystemExit, match="Name a figure, or folders"):
         call(monkeypatch, "--results", tmp_path)
+    with pytest.raises(SystemExit, match="--compare takes names of folders under .*, got ../cpu/mine"):
+        call(monkeypatch, "--compare", "trajsep", "../cpu/mine", "--scale", "tiny", "--results", tmp_path)
+    (tmp_path / "tiny/untrained").mkdir()
+    (tmp_path / "tiny/untrained/seed1_eval.txt").write_text("episodic_length  136.0 +- 2\n")
+    with pytest.raises(SystemExit, match="seed1_eval.txt has no table of an evaluation"):
+        call(monkeypatch, "--compare", "trajsep", "mine", "--scale", "tiny", "--results", tmp_path)
 
 
 def test_report_without_runs_says_what_to_do(tmp_path, monkeypatch):

@@ -40,7 +40,7 @@ if not os.path.exists(path):
     open(path, "w").write("global_step,charts/seconds\\n")
 done = len(open(path).readlines()) - 1
 for row in range(done, 3 if "--cut" in sys.argv else 4):
-    time.sleep(float(flag("--sleep")) if "--sleep" in sys.argv else 0)
+    time.sleep(float(os.environ.get("SLEEP") or flag("--sleep") if "--sleep" in sys.argv else 0))
     with open(path, "a") as file:
         file.write(f"{10 * (row + 1)},{row}.5\\n")
 """
@@ -148,7 +148,7 @@ def test_an_ended_runner_ends_its_runs_and_the_same_command_goes_on(project, num
     assert runner.returncode == (-9 if number == signal.SIGKILL else 128 + number)
     assert number == signal.SIGKILL or err == "Stopped: the same command goes on where its runs are.\n"
     wait_for(lambda: not is_alive(pid))
-    assert call(project, "--seeds", "1")[0] == 0  # the same run folder
+    assert call(project, "--seeds", "1", "--flags=--sleep 600", env={**os.environ, "SLEEP": "0.01"})[0] == 0
     assert (project / "ablations/results/tiny/mine/seed1.csv").exists()
 
 
@@ -165,14 +165,33 @@ def test_a_changed_script_reuses_no_old_curve_in_silence(project):
     assert "kept" not in call(project, "--seeds", "1")[2]
     (project / "fake.py").write_text(FAKE + "# changed\n")
     code, _, err = call(project, "--seeds", "1")
-    assert code == 0 and "kept (remove a curve to run it anew): tiny-mine-1" in err
+    assert code == 0 and "kept (to run one anew, remove its curve and its folder in runs/): tiny-mine-1" in err
     (project / "ablations/results/tiny/mine/seed1.csv").unlink()  # the run's folder is still there
     code, _, err = call(project, "--seeds", "1")
     assert code == 1 and "tiny-mine-1 was begun by another version of fake.py: rename or remove " in err
     shutil.rmtree(project / "runs/tiny-mine-1")
     assert call(project, "--seeds", "1")[0] == 0
     code, _, err = call(project, "--seeds", "1", "--flags=--sleep 0")  # another command under the same label
-    assert "kept (remove a curve to run it anew): tiny-mine-1" in err
+    assert "kept (to run one anew, remove its curve and its folder in runs/): tiny-mine-1" in err
+    (project / "ablations/results/tiny/mine/seed1.csv").unlink()  # a resumed run would keep what is no longer said
+    code, _, err = call(project, "--seeds", "1", "--flags=--sleep 0")
+    assert code == 1 and "tiny-mine-1 was begun by another command, python fake.py" in err
+
+
+def test_what_ended_elsewhere_is_collected_and_says_no_machine(project):
+    command = call(project, "--dry-run", "--seeds", "1")[1]
+    subprocess.run(command.replace("python", sys.executable, 1), shell=True, cwd=project, check=True, timeout=60)
+    assert call(project, "--seeds", "1")[0] == 0
+    made = json.loads((project / "ablations/results/tiny/mine/seed1.json").read_text())
+    assert made["recorded"] == "collected from a run that was finished" and "processor" not in made
+
+
+def test_a_disk_that_may_not_be_written_stops_no_other_run(project):
+    (project / "ablations/results/tiny").mkdir(parents=True)
+    (project / "ablations/results/tiny/mine").write_text("in the way")
+    code, out, err = call(project, "--seeds", "1", "2")
+    assert code == 1 and "2 of 2 runs failed" in err and "Traceback" not in err
+    assert err.count("stopped at [Errno") == 2
 
 
 def test_dry_run_prints_the_missing_commands_one_a_line(project):
@@ -196,6 +215,7 @@ def main(monkeypatch, *flags):
         ("fig4 --jobs 0", "--jobs must be at least 1"),
         ("", "Name a figure, or a variant of your own"),
         ("fig4 --script mappo_lux.py", "Name a figure, or a variant of your own"),
+        ("--script mappo_lux.py --label mine --flags=--x'a", '--flags "--x\'a": no closing quotation.'),
         ("--script nowhere.py", "there is no nowhere.py"),
         ("--script mappo_lux.py --label MAPPO", "'mappo', which is taken or empty"),
         ("--script mappo_lux.py --label ...", "'', which is taken or empty"),
