@@ -453,6 +453,12 @@ def test_a_small_run(played, tmp_path, monkeypatch, capsys):
     assert fit["explained"] == pytest.approx(np.mean([x["explained"] for x in several]), rel=1e-5)
 
 
+def test_the_committed_table_is_of_the_committed_files(capsys):
+    folder = ROOT / "ablations/results/truth"
+    pool_truth.pool_truth(Namespace(files=[folder / f"trained-{n}.json" for n in (6, 8)], json=None, picture=None))
+    assert capsys.readouterr().out == (folder / "trained.md").read_text()
+
+
 def test_what_cannot_be_pooled(tmp_path):
     files = [tmp_path / f"{n}.json" for n in range(4)]
     rows = dict.fromkeys(("state", "rollout", "t", "b", "slot", "kind", "action", "living"), [1])
