@@ -1130,8 +1130,8 @@ if __name__ == "__main__":
                 envs.step_async(actions[step].cpu().numpy().reshape(envs.action_space.shape))
                 # while the environments step; they overwrite next_obs meanwhile
                 seen = {key: buffer[step] for key, buffer in obs.items()}
-                entity_values[step], reward = agent.get_value(seen, actions[step])
-                expected[step] = (distribution.probs * reward).sum(-1)
+                entity_values[step], predicted = agent.get_value(seen, actions[step])
+                expected[step] = (distribution.probs * predicted).sum(-1)
             next_obs, _, terminations, _, infos = envs.step_wait(timeout=60)
             last = {key: next_obs[key].copy() for key in ("reward", "done")}
             for i in np.flatnonzero(terminations):
@@ -1155,7 +1155,6 @@ if __name__ == "__main__":
             reward, entity_dones, entity_values, group, entity_mask, obs["action_mask"], total_groups
         )
         advantages = compute_gae(trajectories, args.gamma, args.gae_lambda)  # (num_steps, num_rows, total_groups)
-        expected *= entity_mask
         advantages = difference_advantages(
             advantages, trajectories.dones, expected, args.beta, args.gamma, args.gae_lambda
         )

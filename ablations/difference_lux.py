@@ -6,8 +6,8 @@ team's reward in that branch. It is paid `--own-reward` of its difference and, f
 of the team's reward; a factory changes nothing at once, so it has its own reward in place of a difference.
 charts/reward_correlation tells how well these rewards go along with the team's. The branches cost time;
 `trajsep_own_reward_lux.py --own-reward 0.9 --reward-ice-delivered 0.001 --reward-ice-received 0` pays
-almost the same without them. `ppo_trajsep_lux.py` is the parent; lines that say "Differs" or "Added" mark
-what is not the same.
+units almost the same without them (and factories nothing for ice). `ppo_trajsep_lux.py` is the parent;
+lines that say "Differs" or "Added" mark what is not the same.
 
 GPU, the paper's setting:   python ablations/difference_lux.py
 CPU, a run of minutes:      python ablations/difference_lux.py --small

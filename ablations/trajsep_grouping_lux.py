@@ -192,7 +192,7 @@ EMPTY, LIGHT, HEAVY, FACTORY = range(4)  # kind of entity in a slot
 
 # Differs from ppo_trajsep_lux: the grouping
 def group_index(tile, kind, map_size, max_units, grouping):
-    """The trajectory of every slot: long (..., K). The units' groups come first, then the factories'."""
+    """The trajectory of every slot, by its tile (x * map_size + y) and kind, all (..., K); units' groups come first."""
     slot = torch.arange(tile.shape[-1], device=tile.device).expand(tile.shape)
     x, y = tile // map_size, tile % map_size
     if grouping == "quadrant":

@@ -2,13 +2,14 @@
 
 `torchrun` starts a process for each GPU; each has a share of `--num-envs`, and all compute one
 update: means over cells, in the losses and in the normalisation of advantages, are over the cells
-of all ranks, and gradients are averaged. Rank 0 logs and saves. `--resume` needs the same number of
-ranks. `ppo_trajsep_lux.py` is the parent; lines that say "Differs" or "Added" mark what is not the
-same.
+of all ranks, and gradients are averaged. Rank 0 logs, of losses/explained_variance its own share,
+and saves; all ranks see the same runs/. `--resume` needs as many ranks. `ppo_trajsep_lux.py` is the
+parent; lines that say "Differs" or "Added" mark what is not the same.
 
 One machine, two GPUs:   torchrun --nproc-per-node 2 ablations/trajsep_multigpu_lux.py --run-name X
-Two machines, on each:   torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d \
-                             --rdzv-endpoint HOST:29500 ablations/trajsep_multigpu_lux.py --run-name X
+CPU, a run of minutes:   torchrun --nproc-per-node 2 ablations/trajsep_multigpu_lux.py --run-name X --small
+Two machines, on each:   torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
+                             ablations/trajsep_multigpu_lux.py --run-name X --num-envs 16
 """
 
 # Parent: ppo_trajsep_lux.py
@@ -266,7 +267,7 @@ def over_ranks(x):
 
 # Differs from ppo_trajsep_lux: the ranks
 def masked_mean(x, mask):
-    """Mean of `x` over the cells of `mask` on all ranks: a term of each rank, whose mean over the ranks it is."""
+    """This rank's part: the mean of all ranks' parts is that of `x` over the cells of `mask` on all ranks."""
     return (x * mask).sum() / over_ranks(mask.sum()).clamp(min=1 / dist.get_world_size())
 
 
@@ -951,8 +952,8 @@ def explain(envs, kind, error, trace):
         lost = [i for i, pipe in enumerate(envs.parent_pipes) if not pipe.poll()]
     if lost:
         sentence = f"The process of environment {lost[:9]} died or hangs: go on with --resume."
-    elif isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "Connection closed")):
-        sentence = "Another rank has ended: see what it said, then go on with --resume."
+    elif isinstance(error, RuntimeError) and re.search("gloo|NCCL|Connection closed|device ordinal", sentence):
+        sentence += ": see what other ranks said, and that each has a GPU, then go on with --resume."
     elif isinstance(error, (OSError, EOFError, MemoryError)) or re.search("out of memory|allocate", sentence):
         sentence += ": see to it (disk, memory, output, or fewer --num-envs), then go on with --resume."
     elif not isinstance(error, Refusal) and not kind.__module__.startswith("wandb"):
@@ -986,11 +987,10 @@ if __name__ == "__main__":
         raise Refusal("--run-name must be up to 200 letters, digits and _.+=-, without a path; --resume needs one.")
     if "LOCAL_RANK" not in os.environ or not args.run_name:
         raise Refusal("Start it with torchrun, and with a --run-name.")
-    if torch.cuda.is_available() and args.cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group()  # NCCL for tensors on GPUs, gloo on CPUs
+    sys.excepthook = partial(explain, None)  # its own shows nothing
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    if rank == 0 and os.path.exists(run_dir) and not args.resume:
+    if os.path.exists(run_dir) and not args.resume:
         raise Refusal(f"{run_dir} exists already: choose another --run-name, or go on with --resume.")
     for path in list(filter(os.path.exists, (in_run("checkpoint.pt"), in_run("previous.pt"))))[:1]:
         try:
@@ -1017,6 +1017,12 @@ if __name__ == "__main__":
         raise Refusal(f"--num-envs must be a multiple of the {ranks} processes, got {args.num_envs}.")
     whole = args  # args is this rank's part from here on
     args = replace(args, num_envs=args.num_envs // ranks, total_timesteps=args.total_timesteps // ranks)
+    check_args(args)
+    if torch.cuda.is_available() and args.cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.all_gather_object(everybody := [None] * ranks, global_step)  # what each rank says
+    if len({*everybody}) > 1:
+        raise Refusal(f"The ranks do not see the same {run_dir}: their checkpoints are of steps {everybody}.")
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = True
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
@@ -1035,7 +1041,7 @@ if __name__ == "__main__":
 
         settings, name = wandb.Settings(init_timeout=30), os.path.basename(run_dir)
         try:
-            wandb.init(name=name, config=asdict(args), sync_tensorboard=True, save_code=True, settings=settings)
+            wandb.init(name=name, config=asdict(whole), sync_tensorboard=True, save_code=True, settings=settings)
         finally:  # its own hook prints a traceback
             sys.excepthook = partial(explain, envs)
 
@@ -1179,7 +1185,6 @@ if __name__ == "__main__":
         wrong += [] if weights.isfinite().all() else ["largest weight"]
         if wrong:  # nothing of this iteration is saved
             raise Refusal(f"The {wrong[0]} is not finite in iteration {iteration}: lower --learning-rate, begin anew.")
-        everybody = [None] * ranks
         dist.all_gather_object(everybody, episodes)
         episodes = {name: [value for part in everybody for value in part[name]] for name in EPISODE_STATS}
         full = [length >= EPISODE_STEPS for length in episodes["episodic_length"]]
@@ -1196,10 +1201,9 @@ if __name__ == "__main__":
         row |= {f"losses/{name}": value for name, value in zip(LOSSES, losses.mean(0).tolist(), strict=True)}
         errors = (batch["returns"] - batch["values"])[batch["active"]]
         row["losses/explained_variance"] = (1 - errors.var() / batch["returns"][batch["active"]].var()).item()
-        part = {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
         envs.call_async("game")
-        part |= {"next_obs": next_obs, "games": envs.call_wait(timeout=60)}
-        dist.all_gather_object(everybody, part)
+        part = {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all(), "games": envs.call_wait(60)}
+        dist.all_gather_object(everybody, part | {"next_obs": {key: value.cpu() for key, value in next_obs.items()}})
         if rank > 0:  # rank 0 logs and saves
             continue
         for name, value in row.items():
@@ -1235,7 +1239,6 @@ if __name__ == "__main__":
 
     # ---- the end
     # Differs from ppo_trajsep_lux: the ranks
-    dist.barrier()
     print(f"{run_dir} is finished; play its policy with tools/evaluate.py {run_dir}", flush=True)
     for process in envs.processes:  # no need to wait for them
         process.kill()

@@ -85,3 +85,28 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on(tmp_path):
         assert torch.equal(weight, weights(cut)[name])
     again = start(TWO, cut, 29615, "--resume", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert len(re.findall("is finished", again.communicate(timeout=120)[0])) == 2 and again.returncode == 0
+
+
+def test_a_ranks_part_must_fit_the_minibatches(tmp_path):
+    """The maps of a rollout divide by 16, those of each rank do not."""
+    flags = "--num-steps 20 --num-minibatches 16 --total-timesteps 160"
+    run = start(TWO, tmp_path, 29616, flags, stderr=subprocess.PIPE, text=True)
+    assert "--num-minibatches must divide the 40 maps" in run.communicate(timeout=120)[1] and run.returncode != 0
+    assert not (tmp_path / "runs").exists()
+
+
+def test_ranks_that_see_different_checkpoints_are_refused(tmp_path):
+    """Two machines whose runs/ is not the same: one would go on, the other begin."""
+    assert start(TWO, tmp_path / "0", 29617, "--total-timesteps 256").wait(300) == 0
+    (tmp_path / "0/runs/test/checkpoint.pt").unlink()  # the one before is of step 128
+    (tmp_path / "1").mkdir()
+    ports = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29618", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(TWO), *FLAGS.split(), "--total-timesteps", "256", "--resume"]
+    runs = []
+    for rank in "01":
+        env = {**os.environ, **ports, "RANK": rank, "LOCAL_RANK": rank}
+        runs.append(subprocess.Popen(command, cwd=tmp_path / rank, env=env, stderr=subprocess.PIPE, text=True))
+    for run in runs:
+        errors = run.communicate(timeout=120)[1]
+        assert "do not see the same runs/test: their checkpoints are of steps [128, 0]" in errors
+        assert run.returncode == 1

@@ -83,7 +83,6 @@ def credit(script, args, seen, paid, said):
     advantages = call(script.compute_gae, known)
     if hasattr(script, "difference_advantages"):
         known |= {"advantages": advantages, "dones": trajectories.dones}
-        known["expected"] = known["expected"] * known["entity_mask"]
         advantages = call(script.difference_advantages, known)
     returns = advantages + trajectories.values
     return said["advantages"][:-1] if "advantages" in said else advantages, returns, trajectories  # COMA has its own
