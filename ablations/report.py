@@ -238,7 +238,8 @@ def table(variants, data, scale):
         else:
             cells += ["counted in the first" if name in counted else "", "", "", ""]
         lines.append(row([*cells, variant.paper_ice]))
-    return f"{METHOD}\n" + "\n".join(lines) + f"\n\n{notes({(scale, name): data[name] for name in data})}"
+    method = METHOD.replace("](", "](../../")  # a table lies two folders below the pages
+    return f"{method}\n" + "\n".join(lines) + f"\n\n{notes({(scale, name): data[name] for name in data})}"
 
 
 def claims(results):

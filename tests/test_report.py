@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -151,7 +152,7 @@ def test_a_table_by_hand(tmp_path, monkeypatch, capsys):
     assert report.untrained(tmp_path / "cpu", "ice_transferred") == 1008.5
     call(monkeypatch, "fig7", "--results", tmp_path)
     text = capsys.readouterr().out
-    assert text == (tmp_path / "cpu/fig7.md").read_text() and text.startswith(report.METHOD)
+    assert text == (tmp_path / "cpu/fig7.md").read_text() and text.startswith(report.METHOD[:200])
     assert (tmp_path / "cpu/fig7.png").stat().st_size > 10_000
     found = rows(text)
     full = found["trajectory separation"]
@@ -401,6 +402,26 @@ def test_committed_tables_are_those_of_the_committed_curves(path, made_anew):
     if path.stem != "README":
         pages = "".join(page.read_text() for page in (ROOT / "ablations").glob("*.md"))
         assert path.read_text() in pages or f"({path.relative_to(ROOT / 'ablations')})" in pages
+
+
+PAGES = [path for path in ROOT.glob("**/*.md") if not {*path.relative_to(ROOT).parts} & {".venv", "runs"}]
+
+
+def anchors(page):
+    """What a link into a page may name: its headings, as GitHub writes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub("```.*?```", "", page.read_text(), flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_of_a_page_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", re.sub("```.*?```", "", page.read_text(), flags=re.S))
+    for link in links:
+        if not re.match("https?:", link):
+            file, _, anchor = link.partition("#")
+            target = (page.parent / file).resolve() if file else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
 
 
 def test_every_committed_curve_tells_what_made_it():

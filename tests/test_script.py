@@ -4,6 +4,8 @@ import csv
 import json
 import math
 import os
+import re
+import runpy
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -52,6 +54,22 @@ def together(*tasks):
     """The results of functions that mostly wait for processes, two at a time."""
     with ThreadPoolExecutor(2) as pool:
         return [future.result() for future in [pool.submit(task) for task in tasks]]
+
+
+PROGRAMS = [path for folder in (".", "ablations", "tools", "tests") for path in sorted((ROOT / folder).glob("*.py"))]
+PROGRAMS = [path for path in PROGRAMS if re.search("^import (argparse|tyro)$", path.read_text(), re.M)]
+PROGRAMS = [str(path.relative_to(ROOT)) for path in PROGRAMS if not path.name.startswith("test_")]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program_says_how_to_use_it(program, tmp_path, monkeypatch, capsys):
+    for folder in ("ablations", "tools", "tests"):  # as the folder of a program that is started
+        monkeypatch.syspath_prepend(ROOT / folder)
+    monkeypatch.setattr(sys, "argv", [program, "--help"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / program), run_name="__main__")
+    assert end.value.code in (0, None) and "usage: " in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")

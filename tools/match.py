@@ -233,7 +233,8 @@ def match(flags):
 if __name__ == "__main__":
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    parser.add_argument("agents", metavar=("A", "B"), nargs=2, type=Path, help="a run or a program")
+    parser.add_argument("a", metavar="A", type=Path, help="a run or a program")
+    parser.add_argument("b", metavar="B", type=Path, help="its opponent, likewise")
     parser.add_argument("--games", type=int, default=50, help="how many (default: 50)", metavar="N")
     parser.add_argument("--map-size", type=int, default=32, help="in tiles (default: 32)", metavar="N")
     parser.add_argument("--factories", type=int, default=2, help="that each team places (default: 2)", metavar="N")
@@ -243,7 +244,7 @@ if __name__ == "__main__":
     limits, words = ("TURN", "GAME"), "a program's time for a turn, and the overage of a game (default: 9 600)"
     parser.add_argument("--seconds", type=float, nargs=2, default=(9, 600), help=words, metavar=limits)
     flags = parser.parse_args()
-    flags.agents = dict(zip("AB", flags.agents, strict=True))
+    flags.agents = {"A": flags.a, "B": flags.b}
     try:
         match(flags)
     except (load.Refusal, OSError, BrokenProcessPool) as error:
