@@ -115,6 +115,8 @@ ippo_whole | IPPO, paid the whole reward | ippo_lux.py | --team-scale 1 |
 mappo_whole | MAPPO, paid the whole reward | mappo_lux.py | --team-scale 1 |
 coma_whole | COMA, paid the whole reward, 1 epoch | ablations/coma_lux.py | --team-scale 1 --update-epochs 1 |
 gpae_50_whole | GPAE, lambda 0.5, paid the whole reward | ablations/gpae_lux.py | --gae-lambda 0.5 --team-scale 1 |
+gpae_50_whole_entropy | GPAE, lambda 0.5, paid the whole reward, entropy 0.05 | ablations/gpae_lux.py |\
+ --gae-lambda 0.5 --team-scale 1 --ent-coef 0.05 |
 dae_25_whole | DAE, beta 0.25, paid the whole reward | ablations/dae_lux.py | --beta 0.25 --team-scale 1 |
 vdn_whole | VDN, paid the whole reward, less chance | ablations/vdn_lux.py |\
  --team-scale 1 --exploration-fraction 0.1 |
@@ -149,7 +151,7 @@ for row in TABLE.strip().split("\n"):
 FIGURES = {  # the first variant of each is what the others are compared with
     "baselines": "trajsep ippo mappo ippo_share mappo_share global",
     "rivals": "trajsep ippo mappo global coma gpae_95 gpae_50 gpae_0 gpae_reuse_2 dae_25 dae_50 dae_100 vdn"
-    " difference difference_free mappo_whole coma_whole gpae_50_whole dae_25_whole vdn_whole",
+    " difference difference_free mappo_whole coma_whole gpae_50_whole gpae_50_whole_entropy dae_25_whole vdn_whole",
     "reuse": "gpae_95 gpae_reuse_2 gpae_reuse_2_plain gpae_steps_32",
     "controls": "trajsep global global_grad_10 global_no_value_clip global_twelfth ippo ippo_grad_10"
     " ippo_no_value_clip ippo_whole mappo mappo_grad_10 mappo_no_value_clip mappo_whole",

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
+from luxai_s2.actions import DigAction, MoveAction
+from luxai_s2.map.position import Position
 from luxai_s2.state import State
 
 import ppo_trajsep_lux as script
@@ -19,6 +21,7 @@ from ppo_trajsep_lux import (
     BUILD_LIGHT,
     DELIVER,
     DIG,
+    DOWN,
     EMPTY,
     EPISODE_STATS,
     FACTORY,
@@ -29,6 +32,7 @@ from ppo_trajsep_lux import (
     NUM_EVAL_MAPS,
     PICK_UP,
     PLAYERS,
+    RIGHT,
     UP,
     WATER,
     Args,
@@ -151,6 +155,39 @@ def test_planes_show_the_state_from_the_players_own_side():
             assert tuple(owner[entity].pos.pos) == (x, y)
             number = owner[entity].num_id if obs["kind"][side, slot] == FACTORY else env.numbers[side][entity]
             assert number == obs["unit_id"][side, slot]
+
+
+def test_planes_of_stocks_lichen_and_clocks():
+    """The factories' stocks and the units' ice are set by hand; the lichen is what the engine let grow in 60 steps."""
+    env, rng = rich_game(SELF, 1), np.random.default_rng(1)
+    for _ in range(60):
+        env.step(random_legal(env, rng))
+    state, stocks = env.engine.state, [(750, 150, 30, 100), (9000, 700, 600, 5000), (0, 30, 90, 1700), (27, 300, 0, 0)]
+    shown = [(0.5, 0.5, 0.2, 0.1), (2**0.5, 2, 2, 2), (0, 0.1, 0.6, 1.7), (0.3 / 10**0.5, 1, 0, 0)]  # power: a root
+    factories = [factory for player in PLAYERS for factory in state.factories[player].values()]
+    for factory, (power, water, metal, ice) in zip(factories, stocks, strict=True):
+        factory.power, factory.cargo.water, factory.cargo.metal, factory.cargo.ice = power, water, metal, ice
+    units = [[*state.units[player].values()] for player in PLAYERS]
+    for unit in sum(units, []):
+        unit.cargo.ice = 30
+    planes = env._observe(state.get_obs(), *np.zeros((2, 2, env.num_slots)))["planes"].astype(np.float32)
+    for side, seen in enumerate(planes):
+        own = np.isin(state.board.lichen_strains, [factory.num_id for factory in factories[2 * side : 2 * side + 2]])
+        for plane, whose in ((3, own), (4, ~own)):
+            assert (state.board.lichen * whose).any()
+            np.testing.assert_allclose(seen[plane], state.board.lichen * whose / 100, atol=1e-3)
+        expected = np.zeros((4, 32, 32))
+        for factory, numbers in list(zip(factories, shown, strict=True))[2 * side : 2 * side + 2]:
+            x, y = factory.pos.pos
+            expected[:, x - 1 : x + 2, y - 1 : y + 2] = np.reshape(numbers, (4, 1, 1))
+        np.testing.assert_allclose(seen[7:11], expected, atol=2e-3)
+        carried = np.zeros((32, 32))
+        for unit in units[side]:
+            carried[tuple(unit.pos.pos)] = 0.03 if unit.is_heavy() else 0.3
+        assert {0, 0.03, 0.3} == {*carried.flat}
+        np.testing.assert_allclose(seen[15], carried, atol=1e-3)
+        np.testing.assert_allclose(seen[16], 0.2, atol=1e-3)  # ten steps into the second day
+        np.testing.assert_allclose(seen[17], 0.06, atol=1e-3)
 
 
 def test_the_engines_own_observation_gives_the_same():
@@ -493,10 +530,86 @@ def test_ice_pays_as_in_the_paper():
     assert SMALL.reward_ice_dug + SMALL.reward_ice_delivered + SMALL.reward_ice_received == pytest.approx(0.002)
 
 
+def view_now(env, previous=None):
+    """The first side's view of the engine's state as it is."""
+    obs = env.engine.state.get_obs()
+    return View(obs, PLAYERS[0], env.ids[0], env.numbers[0], env.args.max_units, previous)
+
+
 def now(env, previous=None):
     """The first side's masks, by the engine's state as it is."""
-    obs = env.engine.state.get_obs()
-    return action_masks(View(obs, PLAYERS[0], env.ids[0], env.numbers[0], env.args.max_units, previous))
+    return action_masks(view_now(env, previous))
+
+
+def lone_unit(kind):
+    """A game, its only unit and the tile on which it is put, far from the factories of a map of bare ground."""
+    env = rich_game(SMALL, 0)
+    build = np.zeros((1, env.num_slots), dtype=int)
+    build[0, SMALL.max_units] = BUILD_LIGHT if kind == LIGHT else BUILD_HEAVY
+    env.step(build)
+    state = env.engine.state
+    state.board.rubble[:], state.board.ice[:], state.board.ore[:] = 0, 0, 0
+    centres = np.array([factory.pos.pos for player in PLAYERS for factory in state.factories[player].values()])
+    tiles = np.argwhere(np.ones((24, 24))) + 4
+    away = np.abs(tiles[:, None] - centres).max(-1).min(1)
+    assert away.max() > 5  # four bare tiles in every direction
+    (unit,) = state.units[PLAYERS[0]].values()
+    unit.pos = Position(tiles[away.argmax()])
+    return env, unit, tuple(unit.pos.pos)
+
+
+@pytest.mark.parametrize("action, metal, power", [(BUILD_LIGHT, 10, 50), (BUILD_HEAVY, 100, 500)])
+def test_a_factory_builds_from_the_exact_cost_on(action, metal, power):
+    env = rich_game(SMALL, 0)
+    factory = next(iter(env.engine.state.factories[PLAYERS[0]].values()))
+    for stock, legal in (((metal, power), True), ((metal - 1, power), False), ((metal, power - 1), False)):
+        factory.cargo.metal, factory.power = stock
+        assert now(env)[SMALL.max_units, action] == legal
+
+
+@pytest.mark.parametrize("kind, update, dig, move, rough", [(LIGHT, 1, 5, 1, 4), (HEAVY, 10, 60, 20, 80)])
+def test_a_unit_acts_from_the_exact_power_on(kind, update, dig, move, rough):
+    """The cost of an update of its queue and of the action itself; what its queue goes on with needs no update."""
+    env, unit, (x, y) = lone_unit(kind)
+    env.engine.state.board.rubble[x, y], env.engine.state.board.rubble[x + 1, y] = 1, 60
+
+    def least(action, power):
+        """Whether it is legal with that power, and with one less it is not."""
+        unit.power = power
+        enough = now(env)[0, action]
+        unit.power = power - 1
+        return enough and not now(env)[0, action]
+
+    assert least(DIG, update + dig)
+    for direction, cost in ((UP, move), (RIGHT, rough), (DOWN, move), (LEFT, move)):
+        assert least(direction, update + cost)
+    unit.action_queue = [DigAction(n=5)]
+    assert least(DIG, dig) and least(UP, update + move)
+    unit.action_queue = [MoveAction(UP, n=5)]
+    assert least(UP, move) and least(DOWN, update + move) and least(DIG, update + dig)
+
+
+def test_lichen_of_the_other_side_may_be_dug():
+    env, unit, tile = lone_unit(LIGHT)
+    board, factories = env.engine.state.board, env.engine.state.factories
+    assert not now(env)[0, DIG]
+    for player in PLAYERS:
+        for factory in factories[player].values():
+            board.lichen[tile], board.lichen_strains[tile] = 10, factory.num_id
+            assert now(env)[0, DIG] == (player == PLAYERS[1])
+
+
+@pytest.mark.parametrize("kind, action, power", [(LIGHT, DIG, 17), (LIGHT, UP, 5), (HEAVY, DIG, 200), (HEAVY, UP, 80)])
+def test_a_queue_leaves_the_power_that_cancels_it(kind, action, power):
+    """`power` is two updates of the queue and three digs, or steps onto bare ground; one less lasts for two."""
+    env, unit, tile = lone_unit(kind)
+    env.engine.state.board.rubble[tile] = 1
+    choice = np.zeros(env.num_slots, dtype=int)
+    choice[0] = action
+    for enough, times in ((power, 3), (power - 1, 2)):
+        unit.power = enough
+        order = engine_actions(view_now(env), now(env), choice)[unit.unit_id]
+        assert order.tolist() == [[3, 0, 0, 0, 0, times] if action == DIG else [0, 1, 0, 0, 0, times]]
 
 
 def test_water_mask_bounds_the_engine_cost():
@@ -529,6 +642,13 @@ def test_watering_is_masked_without_water_or_ground():
     assert allowed() == [True, True]
     factories[0].cargo.water = 2  # twelve tiles cost 2, which would leave nothing for upkeep
     assert allowed() == [False, True]
+    factories[0].cargo.water = 3
+    assert allowed() == [True, True]
+    board.lichen_strains[:3, 0] = factories[0].num_id  # and three tiles with lichen, 3
+    assert allowed() == [False, True]
+    factories[0].cargo.water = 4
+    assert allowed() == [True, True]
+    factories[0].cargo.water = 2
     x, y = factories[1].pos.pos
     board.rubble[x - 2 : x + 3, y - 2 : y + 3] = 1  # no bare tile around it
     assert allowed() == [False, False]
@@ -588,6 +708,33 @@ def test_training_maps_differ_between_seeds_and_from_evaluation(monkeypatch):
                 env.reset(seed=int(env_seed))
     assert all(len(set(maps)) == 800 and min(maps) >= NUM_EVAL_MAPS for maps in drawn.values())
     assert len(set(drawn[1]) | set(drawn[2]) | set(drawn[3])) == 2400
+
+
+def test_both_sides_begin_with_the_same_metal():
+    env = LuxEnv(SMALL)
+    env.reset(seed=0)
+    for player, water in zip(PLAYERS, (150, 1150), strict=True):  # the idle opponent has enough for the episode
+        cargo = [factory.cargo for factory in env.engine.state.factories[player].values()]
+        assert [(stock.metal, stock.water) for stock in cargo] == [(150, water)] * 2
+
+
+def test_a_map_without_ice_is_turned_down(monkeypatch):
+    env = LuxEnv(SMALL)
+    reset, seeds = env.engine.reset, []
+
+    def dry(seed):
+        """Maps of even seeds have no ice."""
+        obs, info = reset(seed=seed)
+        obs[PLAYERS[0]]["board"]["ice"] *= seed % 2
+        seeds.append(seed)
+        return obs, info
+
+    monkeypatch.setattr(env.engine, "reset", dry)
+    for map_seed in (0, 2, 4):
+        seeds.clear()
+        env.reset(options={"map_seed": map_seed})
+        assert seeds[0] == map_seed and [seed % 2 for seed in seeds] == [0] * (len(seeds) - 1) + [1]
+        assert env.engine.state.seed == seeds[-1]
 
 
 def test_map_without_room_is_one_sentence():

@@ -65,9 +65,14 @@ def test_the_numbers_do_not_depend_on_the_jobs(run, tmp_path):
     content = json.loads(files[0])
     assert [row["map_seed"] for row in content["maps"]] == [0, 1]
     assert content["args"]["channels"] == 8 and content["greedy"] is False
-    returns = [row["episodic_return"] for row in content["maps"]]
-    assert len(set(returns)) > 1 and content["mean"]["episodic_return"] == pytest.approx(sum(returns) / 2)
-    assert f"{content['mean']['episodic_length']:,.2f} +- {content['std']['episodic_length']:,.2f}" in tables[0]
+    table = [line.replace(",", "").split() for line in tables[0].splitlines()[1:]]
+    assert [line[0] for line in table] == [*content["mean"]] == [*content["std"]] == [*content["maps"][0]][1:]
+    assert content["maps"][0]["episodic_return"] != content["maps"][1]["episodic_return"]
+    for name, mean, _, std in table:  # of two values, by hand
+        one, other = (row[name] for row in content["maps"])
+        assert content["mean"][name] == pytest.approx((one + other) / 2)
+        assert content["std"][name] == pytest.approx(abs(one - other) / 2)
+        assert (float(mean), float(std)) == pytest.approx((content["mean"][name], content["std"][name]), abs=0.0051)
 
     refused(tool("evaluate.py", run, "--json", tmp_path / "1.json"), "exists already")
     assert (tmp_path / "1.json").read_text() == files[0]

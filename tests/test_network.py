@@ -14,6 +14,8 @@ from ppo_trajsep_lux import (
     NUM_PLANES,
     Agent,
     Args,
+    ResidualBlock,
+    conv_block,
     masked_mean,
 )
 
@@ -49,6 +51,34 @@ def test_any_map_size_and_only_legal_actions():
         assert agent.get_value(obs).shape == (3, 7)
         assert distribution.probs[~obs["action_mask"].bool()].max() == 0
         assert distribution.entropy().isfinite().all()
+
+
+def test_a_convolution_is_followed_by_leaky_relu():
+    block, x = conv_block(1, 1), torch.tensor([[-3.0, 0.0], [0.5, 2.0]])
+    nn.init.dirac_(block[0].weight)  # each tile as it is
+    torch.testing.assert_close(block(x[None, None])[0, 0].detach(), torch.tensor([[-0.03, 0.0], [0.5, 2.0]]))
+
+
+def test_a_residual_block_adds_to_what_it_gets():
+    """If its convolutions give 0 everywhere, then nothing; if 6, then 6 times the gate, which is 1/2 or sigmoid(3)."""
+    block, x = ResidualBlock(4), torch.randn(2, 4, 5, 5)
+    for layer in (block.convs[0][0], block.convs[1][0], block.squeeze, block.excite):
+        nn.init.zeros_(layer.weight)
+    torch.testing.assert_close(block(x), x)
+    nn.init.constant_(block.convs[1][0].bias, 6.0)
+    torch.testing.assert_close(block(x), x + 3.0)
+    nn.init.constant_(block.squeeze.weight, 0.25)  # the mean over channels and tiles, 6
+    nn.init.constant_(block.excite.weight, 0.5)
+    torch.testing.assert_close(block(x), x + 6 * 0.9525741)
+
+
+def test_a_fresh_policy_is_nearly_uniform_over_the_legal_actions():
+    torch.manual_seed(0)
+    obs = some_obs()
+    legal = obs["action_mask"].float()
+    uniform = legal / legal.sum(-1, keepdim=True)
+    assert legal.sum(-1).max() > 4
+    torch.testing.assert_close(Agent(small()).get_distribution(obs).probs, uniform, rtol=0, atol=0.02)
 
 
 def test_features_at_pixels_are_those_of_the_dense_convolution():

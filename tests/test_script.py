@@ -216,6 +216,19 @@ def test_every_number_is_checked(name):
         assert sentence in complaint(**{name: value})
 
 
+@pytest.mark.parametrize(
+    "name, low, high",
+    [
+        *[("map_size", 24, 64), ("factories_per_team", 1, 10), ("num_envs", 1, 1000), ("seed", 0, 2**32 - 1)],
+        *[("gamma", 0.0, 1.0), ("gae_lambda", 0.0, 1.0), ("ent_coef", 0.0, 100.0), ("vf_coef", 0.0, 100.0)],
+        *[("learning_rate", 1e-12, 1e6), ("clip_coef", 1e-12, 1e6), ("max_grad_norm", 1e-12, 1e6)],
+        *[("num_groups", 0, 1000), ("channels", 4, 4096), ("max_units", 1, 1000), ("num_steps", 1, 10**9)],
+    ],
+)
+def test_what_the_numbers_may_be(name, low, high):
+    assert RANGES.get(name, (1, 10**9)) == (low, high)
+
+
 def test_every_special_range_is_of_a_number():
     assert set(RANGES) <= set(asdict(Args()))
 

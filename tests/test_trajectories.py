@@ -261,4 +261,8 @@ def test_value_loss():
     new, old, returns = torch.tensor([2.0, 7.0]), torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0])
     mask = torch.tensor([True, False])
     assert value_loss(new, old, returns, mask).item() == pytest.approx(0.5)
-    assert value_loss(torch.tensor([2.0, 0.0]), old, torch.tensor([1.8, 0.0]), mask, 0.2).item() == pytest.approx(0.18)
+    # the larger of the errors of the new value and of the new value no more than 0.2 from the old one, which is 1
+    cases = [(2.0, 0.0, 2.0), (2.0, 1.8, 0.18), (0.0, 0.2, 0.18), (0.0, 2.0, 2.0), (1.1, 1.0, 0.005)]
+    for now, goal, expected in cases:
+        new, returns = torch.tensor([now, 7.0]), torch.tensor([goal, 0.0])
+        assert value_loss(new, old, returns, mask, 0.2).item() == pytest.approx(expected), (now, goal)

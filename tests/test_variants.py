@@ -33,25 +33,38 @@ COPIES = [
 ]
 
 
+def names_in(tree):
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+
+
 def sections_of_names(path):
-    """In which sections of the main block each name is given a value, and in which it is read."""
-    text, given, read = path.read_text(), defaultdict(set), defaultdict(set)
+    """In which sections of the main block each name is given a value, and in which it is read.
+
+    And the first once more without the variables of comprehensions, which are nobody else's.
+    """
+    text, given, read, outside = path.read_text(), *(defaultdict(set) for _ in range(3))
     banners = [(n, m[1]) for n, line in enumerate(text.split("\n"), 1) if (m := re.match(r"^ +# ---- (.+)$", line))]
-    for node in ast.walk(ast.parse(text).body[-1]):
-        if isinstance(node, ast.Name):
-            section = [name for line, name in banners if line <= node.lineno][-1:]
-            (given if isinstance(node.ctx, ast.Store) else read)[node.id].update(section)
-    return given, read
+    block, inner = ast.parse(text).body[-1], set()
+    for node in ast.walk(block):
+        if isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
+            variables = {name.id for part in node.generators for name in names_in(part.target)}
+            inner |= {name for name in names_in(node) if name.id in variables}
+    for node in names_in(block):
+        section = [name for line, name in banners if line <= node.lineno][-1:]
+        (given if isinstance(node.ctx, ast.Store) else read)[node.id].update(section)
+        outside[node.id].update(section if isinstance(node.ctx, ast.Store) and node not in inner else [])
+    return given, read, outside
 
 
 @pytest.mark.parametrize("path", COPIES, ids=lambda path: path.stem)
 def test_no_copy_gives_another_meaning_to_a_name_that_lasts(path):
     """A name that is set before the first iteration and read in every iteration, as `best` is by the saving."""
-    (original, read), (given, _) = sections_of_names(ROOT / "ppo_trajsep_lux.py"), sections_of_names(path)
+    original, read, parents = sections_of_names(ROOT / "ppo_trajsep_lux.py")
+    given = sections_of_names(path)[-1]
     before = {"setup", "start, or go on", "storage", "the run's folder"}
     lasting = {name for name, where in original.items() if where & before and read[name] - before}
     assert {"best", "recent", "rows", "steps", "obs"} <= lasting
-    assert not {name for name in lasting if given[name] - original[name]}
+    assert not {name for name in lasting if given[name] - parents[name]}
 
 
 def trajectories(script, values, team_scale=0.0):
