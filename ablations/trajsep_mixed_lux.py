@@ -50,9 +50,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 def computes_in_bf16():
-    """Whether this machine is fast in bfloat16; where it is not, float32 is ten times as fast."""
-    cpu = torch.cpu.get_capabilities()
-    return torch.cuda.is_available() or cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
+    """Whether the run's device computes in bfloat16; a processor that does not is ten times as fast in float32."""
+    cpu, gpu = torch.cpu.get_capabilities(), torch.cuda.is_available() and "--no-cuda" not in sys.argv
+    return gpu or cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
 
 
 @dataclass
@@ -68,7 +68,7 @@ class Args:
     cuda: bool = True
     """if toggled, the GPU is used where there is one"""
     bf16: bool = field(default_factory=computes_in_bf16)
-    """if toggled, the convolutions run under bfloat16 autocast (default: if GPU, or else CPU, is fast in it)"""
+    """if toggled, the convolutions run under bfloat16 autocast (default: on a GPU, and on a CPU that computes in it)"""
     track: bool = False
     """if toggled, this experiment will be tracked with Weights and Biases (project: WANDB_PROJECT)"""
 
@@ -127,7 +127,7 @@ class Args:
     gae_lambda: float = 0.95
     """the lambda of the general advantage estimation"""
     num_minibatches: int = 8
-    """minibatches per epoch; a minibatch is a set of maps with all their trajectories"""
+    """minibatches per epoch; of rows, each of which is one step's map of one side with all its cells"""
     update_epochs: int = 3
     """the K epochs to update the policy"""
     clip_coef: float = 0.2
@@ -184,9 +184,9 @@ def check_args(args):
 
 # A team's units and factories come and go, so each stands in a slot: `max_units` slots for units,
 # then one for each factory. Tensors per slot are (T, B, K): T steps, B environments (times sides), K
-# slots; `entity_mask` says which are taken. A group is the slots that share a trajectory, a cell one
-# (step, environment, group): what all that follows counts in, (T, B, G). dones[t] says that the group
-# ended in the step that took obs[t] to obs[t + 1] (CleanRL notes it at t + 1): nothing later flows back over it.
+# slots; `entity_mask` says which are taken. A group is the slots that share a trajectory, a cell is one (step,
+# environment, group). `separate_trajectories` goes from slots to cells (T, B, G); the losses are over cells. dones[t]:
+# the group ended in the step from obs[t] to obs[t + 1] (CleanRL notes it at t + 1): nothing later flows back over it.
 
 EMPTY, LIGHT, HEAVY, FACTORY = range(4)  # kind of entity in a slot
 
@@ -213,7 +213,7 @@ class Trajectories(NamedTuple):
     values: torch.Tensor  # sum of the members'
     next_values: torch.Tensor  # of the members that acted and survived, at their new pixels
     active: torch.Tensor  # the group had a member
-    choice: torch.Tensor  # ... that had more than one legal action
+    choice: torch.Tensor  # ... that had more than one legal action; the others teach the critic only
 
 
 def separate_trajectories(rewards, dones, values, group, entity_mask, action_mask, total_groups):
@@ -381,7 +381,7 @@ class Agent(nn.Module):
 
 EPISODE_STEPS = 1000
 EPISODE_STATS = ["episodic_return", "episodic_length", "ice_transferred", "ice_dug"]
-EPISODE_STATS += ["factories_alive", "factory_count", "units_built", "units_lost"]
+EPISODE_STATS += ["factories_alive", "factory_count", "units_built", "units_lost"]  # count: summed over the steps
 PLAYERS = ("player_0", "player_1")
 
 NO_OP, UP, RIGHT, DOWN, LEFT, DIG, DELIVER, PICK_UP = range(NUM_ACTIONS)  # unit actions
@@ -449,8 +449,8 @@ class MeteredLux(LuxAI_S2):
 def placement_score(obs, player):
     """How good each tile is as a factory's centre: float (map_size, map_size), higher is better.
 
-    Gaussian filters (the paper's; the terms are ours) over ice with little rubble on it, at the edge
-    and further off, and over clear ground; less own factories close by.
+    Gaussian filters (the paper's; the terms are ours) over ice, less where rubble lies on it, once narrow
+    and once wide, and over clear ground; minus own factories close by.
     """
     board = obs["board"]
     clear = 1 - board["rubble"] / 100
@@ -474,7 +474,7 @@ def choose_spot(obs, player):
 
 MOVE_ORDER, TRANSFER_ORDER, PICKUP_ORDER, DIG_ORDER = range(4)  # the engine's types of orders
 ICE, POWER = 0, 4  # the engine's numbers of resources
-REPEATED = {(MOVE_ORDER, move): move for move in range(UP, DIG)} | {(DIG_ORDER, 0): DIG}  # what a queue goes on with
+REPEATED = {(MOVE_ORDER, move): move for move in range(UP, DIG)} | {(DIG_ORDER, 0): DIG}  # what a queued order repeats
 FORBIDDEN = 10**6  # rubble where no unit can go: it would cost more power than any has
 RING = np.array(  # from a factory's centre to the 12 tiles that touch it, where lichen starts
     [(d, side) for d in (-1, 0, 1) for side in (-2, 2)] + [(side, d) for d in (-1, 0, 1) for side in (-2, 2)]
@@ -484,9 +484,9 @@ RING = np.array(  # from a factory's centre to the 12 tiles that touch it, where
 def assign_slots(ids, numbers, obs, player, max_units):
     """The entity in every slot after a step: list of ids (num_slots,), None where empty.
 
-    `ids` is that list before the step. A newborn takes a slot that was free before the step, so that
-    the end of the last owner is seen first. `numbers` gets the newborn's id: the one that it would
-    have if only this side built (in self-play both count together).
+    `ids` is that list before the step. A newborn takes a slot that was free before the step, so that a
+    slot stands empty between two owners. `numbers` {unit's id: its number} gets each newborn: the number is
+    the id that it would have if only this side built (in self-play both count together).
     """
     free = iter([slot for slot in range(max_units) if ids[slot] is None])
     living = {*obs["units"][player], *obs["factories"][player]}
@@ -527,10 +527,10 @@ class View:
         self.enemy, self.size = PLAYERS[player == PLAYERS[0]], len(self.board["rubble"])
         units, factories = [], []
         for slot, entity in enumerate(ids):
-            if entity in numbers:
+            if entity in numbers:  # a unit
                 unit = obs["units"][player][entity]
                 kind, queue = LIGHT if unit["unit_type"] == "LIGHT" else HEAVY, unit["action_queue"]
-                queued = REPEATED.get(tuple(queue[0][:2]), -1) if len(queue) else NO_OP  # -1: another
+                queued = REPEATED.get(tuple(queue[0][:2]), -1) if len(queue) else NO_OP  # -1: any other
                 row = (slot, numbers[entity], kind, unit["power"], unit["cargo"]["ice"], queued, tuple(unit["pos"]))
                 units.append(row)
             elif entity is not None:
@@ -546,10 +546,10 @@ class View:
         self.rubble = np.where(self.foe, FORBIDDEN, self.board["rubble"])
         strains = self.board["lichen_strains"]
         self.own_lichen = np.isin(strains, obs["teams"][player]["factory_strains"])
-        self.lichen = np.zeros(len(ids), dtype=int)  # how many tiles each factory has, by slot
-        self.lichen[self.factories["slot"]] = [(strains == strain).sum() for strain in self.factories["id"]]
+        self.lichen_tiles = np.zeros(len(ids), dtype=int)  # how many each factory has, by slot
+        self.lichen_tiles[self.factories["slot"]] = [(strains == strain).sum() for strain in self.factories["id"]]
         # in this step or the one before: the engine judges the cost of watering by both
-        self.most_lichen = self.lichen if previous is None else np.maximum(self.lichen, previous.lichen)
+        self.most_lichen_tiles = np.maximum(self.lichen_tiles, (previous or self).lichen_tiles)
         # row of the own factory under (0), above, right, below or left of each unit, -1 for none: (n, 5)
         self.touching = look(self.owner, self.units["pos"][:, None] + DELTAS, -1)
 
@@ -637,7 +637,7 @@ def action_masks(view):
     # a slot is left if all before it build as well; whoever can build a heavy can build a light
     has_slot = can_build[:, :1].cumsum(0) <= view.max_units - len(units)
     mask[factories["slot"], BUILD_LIGHT : BUILD_HEAVY + 1] = can_build & has_slot
-    cost = np.ceil((len(RING) + 5 * view.most_lichen[factories["slot"]]) / 10)  # at most: lichen and what touches it
+    cost = np.ceil((len(RING) + 5 * view.most_lichen_tiles[factories["slot"]]) / 10)  # at most: and all around
     mask[factories["slot"], WATER] = view.can_grow() & (factories["water"] > cost)
     return mask
 
@@ -660,13 +660,13 @@ def resolve_collisions(pos, target, newborn):
     pos, goal, newborn = ([tuple(tile) for tile in tiles.tolist()] for tiles in (pos, target, newborn))
     settled = False
     while not settled:
-        settled, taken = True, {*newborn, *(tile for tile, aim in zip(pos, goal, strict=True) if tile == aim)}
-        for i, tile in enumerate(goal):
-            if tile != pos[i]:
-                if tile in taken:
+        settled, taken = True, {*newborn, *(here for here, aim in zip(pos, goal, strict=True) if here == aim)}
+        for i, aim in enumerate(goal):
+            if aim != pos[i]:
+                if aim in taken:
                     goal[i], settled = pos[i], False
-                taken.add(tile)
-    return np.array([tuple(tile) != aim for tile, aim in zip(target.tolist(), goal, strict=True)], dtype=bool)
+                taken.add(aim)
+    return np.array([tuple(wanted) != aim for wanted, aim in zip(target.tolist(), goal, strict=True)], dtype=bool)
 
 
 def engine_actions(view, mask, action):
@@ -707,7 +707,7 @@ def entity_rewards(args, kind, lost, ice_dug, ice_delivered, ice_received, rubbl
 
     All arguments after `args` are (num_slots,), `kind` that before the step; what a new term needs to know
     is noted in `MeteredLux`. Ice pays when it is dug (found early, by chance) and when it is delivered
-    to a factory (what the team needs; between units it could be farmed), to unit and factory alike: in
+    to a factory (what the team needs; paid between units, it could be farmed), to unit and factory alike: in
     all 0.002 a piece, as in the paper's tables. Rubble on ice pays, since it takes some three digs.
     """
     survival = np.where(lost, args.reward_factory_lost, args.reward_factory_alive)
@@ -771,7 +771,7 @@ class LuxEnv(gym.Env):
 
     Observations are a dictionary of arrays with a leading axis of sides (1, or 2 in self-play):
     `planes` (sides, 18, map_size, map_size); per slot `pixel`, `kind`, `unit_id`, `action_mask`; and
-    `reward` and `done` of the step that led here, by the slots before it, because gymnasium's vector
+    `reward` and `done` of the step that led here, in the slots as they were before it, because gymnasium's vector
     environments carry but one reward an environment. An action is an integer per side and slot;
     illegal ones count as NO_OP. An episode ends, by termination, after 1,000 steps or with the loss of
     a side's last factory.
@@ -891,13 +891,12 @@ class LuxEnv(gym.Env):
 
 def make_worker_env(args):
     """An environment in a process of its own, which ends with the main process and leaves signals to it."""
-    in_worker = multiprocessing.parent_process() is not None  # gymnasium makes one in the main process as well
-    if in_worker and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: also if the main process is killed
-    if in_worker:  # gymnasium would print a traceback of that end; errors go to the main process
-        sys.stderr = open(os.devnull, "w")
-    for number in (signal.SIGINT, signal.SIGTERM) if in_worker else ():
-        signal.signal(number, signal.SIG_IGN)
+    if multiprocessing.parent_process() is not None:  # gymnasium makes one in the main process as well
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: also if the main process is killed
+        sys.stderr = open(os.devnull, "w")  # gymnasium would print a traceback of that end
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
     return LuxEnv(args)
 
 
@@ -945,7 +944,7 @@ def explain(envs, kind, error, trace):
 def save(content, path):
     """Write a file of tensors and settings, whole or not at all."""
     buffer = io.BytesIO()
-    torch.save(content, buffer)  # to a full disk it would hide the error behind one of its own
+    torch.save(content, buffer)  # straight to a full disk it hides the cause behind an error of its own
     with open(path + ".tmp", "wb") as file:
         file.write(buffer.getbuffer())
         file.flush()
@@ -966,19 +965,19 @@ if __name__ == "__main__":
         raise Refusal("--run-name must be up to 200 letters, digits and _.+=-, without a path; --resume needs one.")
     if os.path.exists(run_dir) and not args.resume:
         raise Refusal(f"{run_dir} exists already: choose another --run-name, or go on with --resume.")
-    for path in list(filter(os.path.exists, (in_run("checkpoint.pt"), in_run("previous.pt"))))[:1]:
+    for path in list(filter(os.path.exists, (in_run("checkpoint.pt"), in_run("previous.pt"))))[:1]:  # the newer
         try:
             if zipfile.ZipFile(path).testzip():  # torch does not look at the checksums
                 raise ValueError
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds for a damaged file
-            raise Refusal(f"{path} is damaged: delete it, and the run goes on from the one before.") from error
+            raise Refusal(f"{path} is damaged (or not yours to read): delete it, the one before is used.") from error
     if checkpoint is not None:
         if checkpoint["script"] != script:
             raise Refusal(f"{run_dir} was begun by {checkpoint['script']}.py: go on with that.")
         global_step = checkpoint["rows"][-1]["global_step"]
         args = tyro.cli(Args, default=Args(**checkpoint["args"]))  # what is not said stays as it was
-        saved = checkpoint["args"]
+        saved = checkpoint["args"] | {"run_name": args.run_name}  # a folder may have been renamed
         changed = [name for name in saved if name not in ("resume", "track") and getattr(args, name) != saved[name]]
         if changed:
             raise Refusal(f"--{changed[0].replace('_', '-')} was another when {run_dir} began: leave it as it was.")
@@ -1182,7 +1181,7 @@ if __name__ == "__main__":
             save(model, in_run("best.pt"))
         envs.call_async("game")
         state = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "games": envs.call_wait(timeout=60)}
-        state |= {"cuda_rng": torch.cuda.get_rng_state_all(), "iteration": iteration, "seconds": seconds}
+        state |= {"cuda_rng": torch.cuda.get_rng_state_all()[:1], "iteration": iteration, "seconds": seconds}
         state |= {"next_obs": next_obs, "rows": rows, "recent": list(recent), "best": best}
         if os.path.exists(in_run("checkpoint.pt")):
             os.replace(in_run("checkpoint.pt"), in_run("previous.pt"))

@@ -620,7 +620,7 @@ def test_water_mask_bounds_the_engine_cost():
     most = 0
     for step in range(120):
         factories = list(env.engine.state.factories[PLAYERS[0]].values())
-        tiles = env.views[0].most_lichen[SMALL.max_units :]
+        tiles = env.views[0].most_lichen_tiles[SMALL.max_units :]
         for factory, count in zip(factories, tiles, strict=True):
             assert factory.water_cost(env.engine.env_cfg) <= np.ceil((12 + 5 * count) / 10)
         env.step(watering if step % 40 < 30 else np.zeros_like(watering))

@@ -305,6 +305,16 @@ def test_what_a_run_was_begun_with_need_not_be_said_again(copied, monkeypatch):
         assert args.num_envs == 2 and args.total_timesteps == 448 and args.channels == 4
 
 
+def test_a_run_whose_folder_was_renamed_goes_on(copied, monkeypatch):
+    """Also one that was begun without a name, whose settings then have none."""
+    (copied / "runs/idle/checkpoint.pt").unlink()
+    os.replace(copied / "runs/idle", copied / "runs/other")
+    status, args = read_flags("--run-name other --resume", copied, monkeypatch)
+    assert status == 0 and args.run_name == "other" and args.num_envs == 2
+    status, said = read_flags("--run-name other --resume --gamma 0.5", copied, monkeypatch)
+    assert status == 1 and said.startswith("--gamma was another")
+
+
 @pytest.mark.parametrize("name", ["../../x", "/x/y", "a/b", "a/", ".", "..", "x" * 300])
 def test_a_run_name_is_one_plain_folder(name, tmp_path, monkeypatch):
     (tmp_path / "x").mkdir()

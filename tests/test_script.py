@@ -196,6 +196,20 @@ def test_a_map_that_cannot_hold_the_factories(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    "gpu, cpu, flags, expected",
+    [
+        *[(True, False, [], True), (True, False, ["--no-cuda"], False), (False, False, [], False)],
+        *[(False, True, [], True), (True, True, ["--no-cuda"], True)],
+    ],
+)
+def test_bfloat16_by_default(gpu, cpu, flags, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": cpu})
+    monkeypatch.setattr(sys, "argv", ["ppo_trajsep_lux.py", *flags])
+    assert Args().bf16 is expected
+
+
 def complaint(**settings):
     """What check_args says; nothing if all is well."""
     try:

@@ -38,7 +38,8 @@ def load(run, best=False, script=None, map_size=None):
     module = import_script(source)
     args = check_settings(model["args"], module, path)
     check_tensors(model["model"], module.Agent, args, path)
-    args.bf16 = args.bf16 and module.computes_in_bf16()
+    cpu = torch.cpu.get_capabilities()  # the tools play on the CPU
+    args.bf16 = args.bf16 and bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
     args.map_size = args.map_size if map_size is None else map_size
     try:
         module.check_args(args)
