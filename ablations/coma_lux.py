@@ -10,6 +10,7 @@ mark what is not the same.
 
 GPU, the paper's setting:   python ablations/coma_lux.py
 CPU, a run of minutes:      python ablations/coma_lux.py --small
+The best settings so far:   --team-scale 1 --update-epochs 1
 """
 
 # Parent: ppo_trajsep_lux.py
