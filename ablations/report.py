@@ -63,11 +63,11 @@ COLOURS = {  # Okabe and Ito's, safe for the colour-blind; a variant has the sam
     " trama_cave:-- trama_uniform",
     "#D55E00": "mappo mappo_share:-- mappo_grad_10:-- mappo_no_value_clip:-."
     " groups_2:-- quadrant top_advantage_1 random_2 global_paper_learning_rate:--"
-    " trajsep_paper_learning_rate:-. dae_50:-- trama_mountain:--",
+    " trajsep_paper_learning_rate:-. gpae_50_whole_entropy:-. dae_50:-- trama_mountain:--",
     "#009E73": "global_critic groups_8:-- units_only own_reward_50 top_abs_advantage_1 random_8"
     " global_paper_entropy:-- coma coma_whole:-. difference_free:-- trama_oracle trama_mountain_lean:--",
     "#56B4E9": "groups_16:-- own_reward_75 closest_heavy top_return_1 random_16 gpae_95 gpae_50:--"
-    " gpae_reuse_2_plain:-. gpae_50_whole:-. gpae_50_whole_entropy:: ippo_whole:--",
+    " gpae_reuse_2_plain:-. gpae_50_whole:-. ippo_whole:--",
     "#CC79A7": "own_reward_0 groups_4:-- two_trajectories random_1 global_paper_no_symmetries:-- gpae_0"
     " gpae_reuse_2:-- gpae_steps_32:-. mappo_whole:-.",
 }

@@ -34,7 +34,7 @@ GRADIENT = "                grad_norm = nn.utils.clip_grad_norm_("
 RATIO = "                ratio = logratio.exp()\n"
 LOSS = "                loss = pg_loss - ent_coef"
 CHECK = "        losses = torch.stack(losses)"
-WORKER = "    for number in (signal.SIGINT, signal.SIGTERM) if in_worker"  # in one that does not ignore them yet
+WORKER = "        for number in (signal.SIGINT, signal.SIGTERM):"  # in one that does not ignore them yet
 STARTED = '    modes = {"copy": False'  # before workers are started
 REPLAY = "        self.np_random.bit_generator.state = game"  # in a worker of a run that goes on
 END = "    for process in envs.processes:"
