@@ -55,8 +55,8 @@ PAPER_CURVE = {  # trajectory separation, read off the paper's figure: thousands
     + ((102, 44.5e3),),
 }
 COLOURS = {  # Okabe and Ito's, safe for the colour-blind; a variant has the same in every picture
-    "#0072B2": "trajsep trajsep_paper_ppo:-- difference:-- global_twelfth:-. trama dae_25_whole:-.",
-    "#000000": "global global_paper_ppo:-- vdn:-- vdn_whole:-. global_grad_10:-- global_no_value_clip:-. trama_parent",
+    "#0072B2": "trajsep trajsep_paper_ppo:-- trajsep_entropy:-- difference:-- global_twelfth:-. trama dae_25_whole:-.",
+    "#000000": "global global_paper_ppo:-- vdn_whole_end:-- vdn_whole:-. global_grad_10:-- global_no_value_clip:-. trama_parent",
     "#E69F00": "ippo ippo_share:-- ippo_grad_10:-- ippo_no_value_clip:-."
     " groups_1:-- own_reward_25 closest_factory top_advantage_1_all_values random_4"
     " poster_norms heavies epochs_2 global_paper_rollout:-- trajsep_paper_rollout:-. dae_25:-- dae_100:-."
@@ -69,7 +69,7 @@ COLOURS = {  # Okabe and Ito's, safe for the colour-blind; a variant has the sam
     "#56B4E9": "groups_16:-- own_reward_75 closest_heavy top_return_1 random_16 gpae_95 gpae_50:--"
     " gpae_reuse_2_plain:-. gpae_50_whole:-. ippo_whole:--",
     "#CC79A7": "own_reward_0 groups_4:-- two_trajectories random_1 global_paper_no_symmetries:-- gpae_0"
-    " gpae_reuse_2:-- gpae_steps_32:-. mappo_whole:-.",
+    " gpae_reuse_2:-- gpae_steps_32:-. mappo_whole:-. mappo_entropy:--",
 }
 LINES = {
     (word := entry.partition(":"))[0]: (c, word[2] or "-") for c, names in COLOURS.items() for entry in names.split()

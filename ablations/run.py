@@ -110,7 +110,6 @@ gpae_steps_32 | GPAE, each rollout used once, as long as those used twice | abla
 dae_25 | DAE, beta 0.25 | ablations/dae_lux.py | --beta 0.25 |
 dae_50 | DAE, beta 0.5 | ablations/dae_lux.py | --beta 0.5 |
 dae_100 | DAE, beta 1 | ablations/dae_lux.py | --beta 1 |
-vdn | VDN | ablations/vdn_lux.py | |
 ippo_whole | IPPO, paid the whole reward | ippo_lux.py | --team-scale 1 |
 mappo_whole | MAPPO, paid the whole reward | mappo_lux.py | --team-scale 1 |
 coma_whole | COMA, paid the whole reward, 1 epoch | ablations/coma_lux.py | --team-scale 1 --update-epochs 1 |
@@ -120,6 +119,10 @@ gpae_50_whole_entropy | GPAE, lambda 0.5, paid the whole reward, entropy 0.05 | 
 dae_25_whole | DAE, beta 0.25, paid the whole reward | ablations/dae_lux.py | --beta 0.25 --team-scale 1 |
 vdn_whole | VDN, paid the whole reward, less chance | ablations/vdn_lux.py |\
  --team-scale 1 --exploration-fraction 0.1 |
+vdn_whole_end | VDN, paid the whole reward, chance down to 1% | ablations/vdn_lux.py |\
+ --team-scale 1 --exploration-fraction 0.1 --end-e 0.01 |
+trajsep_entropy | trajectory separation, entropy 0.05 | ppo_trajsep_lux.py | --ent-coef 0.05 |
+mappo_entropy | MAPPO, entropy 0.05 | mappo_lux.py | --ent-coef 0.05 |
 difference | difference rewards | ablations/difference_lux.py | |
 difference_free | difference rewards without branches | own_reward |\
  --own-reward 0.9 --reward-ice-delivered 0.001 --reward-ice-received 0 |
@@ -150,12 +153,14 @@ for row in TABLE.strip().split("\n"):
     VARIANTS[name] = Variant(name, label, script, flags, paper_ice)
 FIGURES = {  # the first variant of each is what the others are compared with
     "baselines": "trajsep ippo mappo ippo_share mappo_share global",
-    "rivals": "trajsep ippo mappo global coma gpae_95 gpae_50 gpae_0 gpae_reuse_2 dae_25 dae_50 dae_100 vdn"
-    " difference difference_free mappo_whole coma_whole gpae_50_whole gpae_50_whole_entropy dae_25_whole vdn_whole",
+    "rivals": "trajsep ippo mappo global coma gpae_95 gpae_50 gpae_0 gpae_reuse_2 dae_25 dae_50 dae_100"
+    " difference difference_free mappo_whole coma_whole gpae_50_whole gpae_50_whole_entropy dae_25_whole vdn_whole"
+    " vdn_whole_end",
     "reuse": "gpae_95 gpae_reuse_2 gpae_reuse_2_plain gpae_steps_32",
     "controls": "trajsep global global_grad_10 global_no_value_clip global_twelfth ippo ippo_grad_10"
-    " ippo_no_value_clip ippo_whole mappo mappo_grad_10 mappo_no_value_clip mappo_whole",
-    "size": "trajsep mappo gpae_50 coma",  # at the scales cpu24, cpu and cpu40
+    " ippo_no_value_clip ippo_whole mappo mappo_grad_10 mappo_no_value_clip mappo_whole"
+    " trajsep_entropy mappo_entropy",
+    "size": "trajsep mappo gpae_50_whole_entropy coma_whole",  # at the scales cpu24, cpu and cpu40
     "specialists": "trama_parent trama_cave trama_mountain trama_mountain_lean",  # then cross_play.py
     "trama": "trama_parent trama_oracle trama trama_uniform",
     "norms": "trajsep poster_norms",

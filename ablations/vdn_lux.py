@@ -4,8 +4,8 @@ Sunehag et al. 2018, trained as PQN is (Gallici et al. 2024: on the newest rollo
 target network, with a normalised network and Q(lambda) returns): the team's Q is the sum of one Q
 for each living entity, and is regressed on the team's reward alone. So the sum has to find out who
 earned it, from nothing but when who was there and did what. There is no policy to learn: actions
-are the best by Q, or random ones with a probability that falls from 1 to 0.05 over the first part of
-the run (`--exploration-fraction`, a half).
+are the best by Q, or random ones with a probability that falls from 1 to `--end-e` over the first
+part of the run (`--exploration-fraction`, a half).
 `ppo_trajsep_lux.py` is the parent; lines that say "Differs" or "Added" mark what is not the same.
 
 GPU, the paper's setting:   python ablations/vdn_lux.py
@@ -115,7 +115,10 @@ class Args:
     """what the team's reward is multiplied by"""
     # Added to ppo_trajsep_lux: the sum of values
     exploration_fraction: float = 0.5
-    """the part of the run over which chance actions fall from all to a twentieth"""
+    """the part of the run over which the probability of a chance action falls from 1 to the last"""
+    # Added to ppo_trajsep_lux: the sum of values
+    end_e: float = 0.05
+    """the last probability of a chance action"""
 
     # The network
     channels: int = 56
@@ -159,7 +162,7 @@ RANGES = {  # what numbers may be, ends included; all others from 1 to 10^9 if w
     **{"map_size": (24, 64), "factories_per_team": (1, 10), "max_units": (1, 1000), "num_envs": (1, 1000)},
     **{"seed": (0, 2**32 - 1), "team_scale": (0, 1000), "channels": (4, 4096)},
     **dict.fromkeys(("learning_rate", "max_grad_norm"), (1e-12, 10**6)),
-    **{"gamma": (0, 1), "gae_lambda": (0, 1)},
+    **{"gamma": (0, 1), "gae_lambda": (0, 1), "exploration_fraction": (1e-9, 1), "end_e": (0, 1)},
 }
 
 
@@ -279,7 +282,7 @@ class Agent(nn.Module):
         self.bf16 = args.bf16
         self.actor = Trunk(args.channels)
         self.actor_head = layer_init(nn.Linear(args.channels, 3 * NUM_ACTIONS), std=0.01)
-        self.norm, self.epsilon = nn.LayerNorm(args.channels), 0.05
+        self.norm, self.epsilon = nn.LayerNorm(args.channels), args.end_e
         self.to(memory_format=torch.channels_last)
 
     def entity_features(self, trunk, obs):
@@ -982,7 +985,8 @@ if __name__ == "__main__":
         frac = 1.0 - (iteration - 1.0) / args.num_iterations
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = frac * args.learning_rate
-        agent.epsilon = max(0.05, 1 - 0.95 * (1 - frac) / max(args.exploration_fraction, 1e-9))
+        explored = min(1.0, (1 - frac) / args.exploration_fraction)
+        agent.epsilon = 1 + (args.end_e - 1) * explored
 
         # ---- rollout
         # Differs from ppo_trajsep_lux: the sum of values

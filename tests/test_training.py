@@ -421,9 +421,9 @@ def test_vdn_explores_less_and_less_and_learns_the_teams_return(tmp_path):
         script.Agent, script.EPISODE_STEPS = Agent, 12
         recording("lambda_returns")(script)
 
-    flags = f"{FROZEN} --num-steps 16 --total-timesteps 128 --exploration-fraction 0.5 --team-scale 0.3"
+    flags = f"{FROZEN} --num-steps 16 --total-timesteps 128 --exploration-fraction 0.5 --end-e 0.02 --team-scale 0.3"
     run = train("ablations/vdn_lux.py", flags, tmp_path, change)
-    assert epsilons[-4:] == pytest.approx([1, 1 - 0.95 * 0.5, 0.05, 0.05])
+    assert epsilons[-4:] == pytest.approx([1, 1 - 0.98 * 0.5, 0.02, 0.02])
     (reward, over, best_q, *_), returns = run.calls["lambda_returns"][-1]
     torch.testing.assert_close(reward, team_rewards(run) * 0.3)
     alive = living(run)
