@@ -1,0 +1,5 @@
+"""The test files run two at a time (`addopts` in pyproject.toml), so each process computes with one thread."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
