@@ -56,10 +56,11 @@ PAPER_CURVE = {  # trajectory separation, read off the paper's figure: thousands
 }
 COLOURS = {  # Okabe and Ito's, safe for the colour-blind; a variant has the same in every picture
     "#0072B2": "trajsep trajsep_paper_ppo:-- trajsep_entropy:-- difference:-- global_twelfth:-. trama dae_25_whole:-.",
-    "#000000": "global global_paper_ppo:-- vdn_whole_end:-- vdn_whole:-. global_grad_10:-- global_no_value_clip:-. trama_parent",
+    "#000000": "global global_paper_ppo:-- vdn_whole_end:-- vdn_whole:-. global_grad_10:--"
+    " global_no_value_clip:-. trama_parent",
     "#E69F00": "ippo ippo_share:-- ippo_grad_10:-- ippo_no_value_clip:-."
     " groups_1:-- own_reward_25 closest_factory top_advantage_1_all_values random_4"
-    " poster_norms heavies epochs_2 global_paper_rollout:-- trajsep_paper_rollout:-. dae_25:-- dae_100:-."
+    " poster_norms heavies epochs_2 global_paper_rollout:-- trajsep_paper_rollout:-. dae_100:-."
     " trama_cave:-- trama_uniform",
     "#D55E00": "mappo mappo_share:-- mappo_grad_10:-- mappo_no_value_clip:-."
     " groups_2:-- quadrant top_advantage_1 random_2 global_paper_learning_rate:--"
