@@ -68,7 +68,7 @@ COLOURS = {  # Okabe and Ito's, safe for the colour-blind; a variant has the sam
     "#009E73": "global_critic groups_8:-- units_only own_reward_50 top_abs_advantage_1 random_8"
     " global_paper_entropy:-- coma coma_whole:-. difference_free:-- trama_oracle trama_mountain_lean:--",
     "#56B4E9": "groups_16:-- own_reward_75 closest_heavy top_return_1 random_16 gpae_95 gpae_50:--"
-    " gpae_reuse_2_plain:-. gpae_50_whole:-. ippo_whole:--",
+    " gpae_reuse_2_plain:-. gpae_50_whole:-. ippo_whole:-- ippo_whole_entropy:-.",
     "#CC79A7": "own_reward_0 groups_4:-- two_trajectories random_1 global_paper_no_symmetries:-- gpae_0"
     " gpae_reuse_2:-- gpae_steps_32:-. mappo_whole:-. mappo_entropy:--",
 }

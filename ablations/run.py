@@ -125,6 +125,7 @@ vdn_whole_end | VDN, paid the whole reward, chance down to 1% | ablations/vdn_lu
  --team-scale 1 --exploration-fraction 0.1 --end-e 0.01 |
 trajsep_entropy | trajectory separation, entropy 0.05 | ppo_trajsep_lux.py | --ent-coef 0.05 |
 mappo_entropy | MAPPO, entropy 0.05 | mappo_lux.py | --ent-coef 0.05 |
+ippo_whole_entropy | IPPO, paid the whole reward, entropy 0.05 | ippo_lux.py | {GPAE} |
 difference | difference rewards | ablations/difference_lux.py | |
 difference_free | difference rewards without branches | own_reward |\
  --own-reward 0.9 --reward-ice-delivered 0.001 --reward-ice-received 0 |
@@ -161,7 +162,7 @@ FIGURES = {  # the first variant of each is what the others are compared with
     "reuse": "gpae_95 gpae_reuse_2 gpae_reuse_2_plain gpae_steps_32",
     "controls": "trajsep global global_grad_10 global_no_value_clip global_twelfth ippo ippo_grad_10"
     " ippo_no_value_clip ippo_whole mappo mappo_grad_10 mappo_no_value_clip mappo_whole"
-    " trajsep_entropy mappo_entropy",
+    " trajsep_entropy mappo_entropy ippo_whole_entropy",
     "size": "trajsep mappo gpae_50_whole_entropy coma_whole",  # at the scales cpu24, cpu and cpu40
     "specialists": "trama_parent trama_cave trama_mountain trama_mountain_lean",  # then cross_play.py
     "trama": "trama_parent trama_oracle trama trama_uniform",
