@@ -455,7 +455,10 @@ def test_a_small_run(played, tmp_path, monkeypatch, capsys):
 
 def test_the_committed_table_is_of_the_committed_files(capsys):
     folder = ROOT / "ablations/results/truth"
-    pool_truth.pool_truth(Namespace(files=[folder / f"trained-{n}.json" for n in (6, 8, 9)], json=None, picture=None))
+    names = sorted(folder.glob("trained-*.json"))
+    command = f"python tools/pool_truth.py {' '.join(path.name for path in names)} --picture trained.png"
+    assert command in (ROOT / "ablations/TRUTH.md").read_text()
+    pool_truth.pool_truth(Namespace(files=names, json=None, picture=None))
     assert capsys.readouterr().out == (folder / "trained.md").read_text()
 
 
