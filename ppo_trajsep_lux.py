@@ -920,12 +920,12 @@ def to_tensors(obs, device):
 LOSSES = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad_norm")
 
 
-def leave(status, sentence):
+def leave(status, sentence, main=os.getpid()):
     """End this process and its workers at once: what is worth keeping is on the disk."""
     for process in multiprocessing.active_children():
         process.kill()
     try:
-        if multiprocessing.parent_process() is None:  # a signal can reach a worker that does not yet ignore it
+        if os.getpid() == main:  # a signal can reach a worker that does not yet ignore it
             print(sentence, file=sys.stderr, flush=True)
     finally:
         os._exit(status)

@@ -453,6 +453,10 @@ CASES = {  # status, what the sentence says, what has happened: (place, code)
     ),
     "SIGINT before workers are started": (130, "Stopped at step", (STARTED, "os.killpg(0, signal.SIGINT)")),
     "SIGINT while workers are started": (130, "Stopped at step", (STARTED, LATER.format(0.01))),
+    "SIGINT that reaches a worker as it is forked": (
+        *(130, "Stopped at step"),
+        (STARTED, "os.register_at_fork(after_in_child=lambda: os.killpg(0, signal.SIGINT))"),
+    ),
     "SIGINT that reaches a worker before it ignores it": (
         *(130, "Stopped at step"),
         (WORKER, "if '-1' in multiprocessing.current_process().name: os.killpg(0, signal.SIGINT)"),
