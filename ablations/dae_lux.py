@@ -53,7 +53,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 def computes_in_bf16():
-    """Whether the run's device computes in bfloat16; a processor that does not is ten times as fast in float32."""
+    """Whether to compute in bfloat16: on GPUs (it pays from Ampere on) and processors that have it; others are slow."""
     cpu, gpu = torch.cpu.get_capabilities(), torch.cuda.is_available() and "--no-cuda" not in sys.argv
     return gpu or cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
 
@@ -71,7 +71,7 @@ class Args:
     cuda: bool = True
     """if toggled, the GPU is used where there is one"""
     bf16: bool = field(default_factory=computes_in_bf16)
-    """if toggled, the convolutions run under bfloat16 autocast (default: on a GPU, and on a CPU that computes in it)"""
+    """if toggled, the convolutions run under bfloat16 autocast (default: on a GPU, and on a CPU that has it)"""
     track: bool = False
     """if toggled, this experiment will be tracked with Weights and Biases (project: WANDB_PROJECT)"""
 
@@ -147,7 +147,7 @@ class Args:
     """the maximum norm for the gradient clipping"""
 
     @property
-    def batch_size(self):  # maps per rollout: one a step, environment and side that the policy plays
+    def batch_size(self):  # maps per rollout: one per step, environment and side that the policy plays
         return self.num_envs * self.num_steps * (2 if self.opponent == "self" else 1)
 
     @property
@@ -255,7 +255,7 @@ def compute_gae(trajectories, gamma, gae_lambda):
     advantages = torch.zeros_like(rewards)
     lastgaelam = torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
-        delta = rewards[t] + gamma * next_values[t] - values[t]  # no (1 - dones): next_values are 0 after an end
+        delta = rewards[t] + gamma * next_values[t] - values[t]  # no (1 - dones): next_values know of every end
         lastgaelam = active[t] * (delta + gamma * gae_lambda * (1.0 - dones[t]) * lastgaelam)
         advantages[t] = lastgaelam
     return advantages
@@ -336,7 +336,7 @@ class ResidualBlock(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Planes (B, 18, H, W) to features at the K entities' pixels: (B * K, channels).
+    """Planes (B, 18, x, y) to features at the pixels (B, K), x * map_size + y, of the entities: (B * K, channels).
 
     Stem, residual block, one more convolution: as in the paper's architecture figure.
     """
@@ -465,10 +465,10 @@ DIG_COST, QUEUE_COST = by_kind("DIG_COST"), by_kind("ACTION_QUEUE_POWER_COST")
 
 
 class MeteredLux(LuxAI_S2):
-    """The engine, noting for every step who dug, cleared and delivered how much.
+    """The engine, noting for every step what each entity dug, cleared, delivered, received and grew.
 
-    Cargo before and after would mislead: a unit that is destroyed in the move phase may still have
-    delivered, and factories refine ice in the step in which they receive it.
+    Cargo before and after would mislead: a unit that is destroyed in the move phase still makes its
+    transfer, and factories refine ice in the step in which they receive it.
     """
 
     def step(self, actions):
@@ -614,17 +614,17 @@ class View:
         self.touching = look(self.owner, self.units["pos"][:, None] + DELTAS, -1)
 
     def step_costs(self, units, tiles):
-        """Power that units (n,) need to step onto tiles (n, m, 2): (n, m)."""
+        """Power that the units in rows `units` (n,) need to step onto tiles (n, m, 2): (n, m)."""
         kind, rubble = self.units["kind"][units, None], look(self.rubble, tiles, FORBIDDEN)
         return np.floor(MOVE_COST[kind] + RUBBLE_MOVEMENT_COST[kind] * rubble)
 
     def reach(self, units, directions, power):
-        """How many steps in their directions the power of units lasts; all arguments (n,)."""
+        """How many steps in their directions the power of the units in rows `units` lasts; all arguments (n,)."""
         steps = DELTAS[directions, None] * np.arange(1, self.size)[:, None]  # (n, size - 1, 2)
         return (self.step_costs(units, self.units["pos"][units, None] + steps).cumsum(1) <= power[:, None]).sum(1)
 
     def can_grow(self):
-        """Whether lichen can grow next to each factory: bool (f,)."""
+        """Whether lichen can grow next to each factory, on bare ground that no other lichen touches: bool (f,)."""
         bare = (self.rubble == 0) & (self.board["ice"] + self.board["ore"] == 0) & (self.owner < 0)
         centre, own = self.factories["pos"][:, None, None], self.factories["id"][:, None, None]
         around = centre + RING[:, None] + DELTAS  # (f, 12, 5, 2): tiles and their neighbours
@@ -697,7 +697,7 @@ def action_masks(view):
     # a slot is left if all before it build as well; whoever can build a heavy can build a light
     has_slot = can_build[:, :1].cumsum(0) <= view.max_units - len(units)
     mask[factories["slot"], BUILD_LIGHT : BUILD_HEAVY + 1] = can_build & has_slot
-    cost = np.ceil((len(RING) + 5 * view.most_lichen_tiles[factories["slot"]]) / 10)  # at most: and all around
+    cost = np.ceil((len(RING) + 5 * view.most_lichen_tiles[factories["slot"]]) / 10)  # at most: if all around grows
     mask[factories["slot"], WATER] = view.can_grow() & (factories["water"] > cost)
     return mask
 
@@ -743,7 +743,7 @@ def engine_actions(view, mask, action):
     target = units["pos"] + DELTAS[np.where(act <= LEFT, act, NO_OP)]
     act = np.where(resolve_collisions(units["pos"], target, newborn), NO_OP, act)
     sent = np.flatnonzero((act != units["queued"]) & (units["power"] >= QUEUE_COST[units["kind"]]))
-    act, units, touching = act[sent], units[sent], view.touching[sent]
+    act, units, touching = act[sent], units[sent], view.touching[sent]  # from here on those that are sent alone
     power, battery, update = units["power"], BATTERY_CAPACITY[units["kind"]], QUEUE_COST[units["kind"]]
     moving, deliver = np.flatnonzero((act > NO_OP) & (act <= LEFT)), act == DELIVER
     budget = power - 2 * update  # one update now, one to cancel
@@ -781,7 +781,7 @@ def entity_rewards(args, kind, lost, ice_dug, ice_delivered, ice_received, rubbl
 
 
 def turn_tiles(xy, symmetry, size):
-    """Where tiles (n, 2) lie after one of the square's symmetries, 0 to 7: transposed, then flipped."""
+    """Where tiles (n, 2) lie after a symmetry, 0 to 7: 4 swaps x and y, then 2 mirrors the new x, 1 the new y."""
     turned = xy[:, ::-1] if symmetry & 4 else xy
     return np.where((symmetry & 2, symmetry & 1), size - 1 - turned, turned)
 
@@ -793,7 +793,7 @@ def turn_actions(symmetry):
     return np.append(moves, range(DIG, NUM_ACTIONS))
 
 
-TURNED = np.stack([turn_actions(symmetry) for symmetry in range(8)])
+TURNED = np.stack([turn_actions(symmetry) for symmetry in range(8)])  # (8, NUM_ACTIONS): what each action becomes
 TURNED_BACK = TURNED.argsort(1)  # the inverse permutations: which action each was before
 
 
@@ -817,7 +817,7 @@ NUM_EVAL_MAPS = 100_000  # map seeds below this are for evaluation; training dra
 
 
 def draw_maps(rng, map_seed=None):
-    """Seeds of maps, endless: training maps; or `map_seed` and, if need be, other evaluation maps."""
+    """Seeds to try, without end: of training maps; or `map_seed`, then evaluation maps in case it does not do."""
     low, high = NUM_EVAL_MAPS, 2**31
     if map_seed is not None:
         yield map_seed
@@ -832,7 +832,7 @@ class LuxEnv(gym.Env):
     Observations are a dictionary of arrays with a leading axis of sides (1, or 2 in self-play):
     `planes` (sides, 18, map_size, map_size); per slot `pixel`, `kind`, `unit_id`, `action_mask`; and
     `reward` and `done` of the step that led here, in the slots as they were before it, because gymnasium's vector
-    environments carry but one reward an environment. An action is an integer per side and slot;
+    environments carry only one reward per environment. An action is an integer per side and slot;
     illegal ones count as NO_OP. An episode ends, by termination, after 1,000 steps or with the loss of
     a side's last factory.
 
@@ -898,9 +898,8 @@ class LuxEnv(gym.Env):
 
     def _observe(self, obs, rewards, dones):
         self.symmetry = int(self.np_random.integers(8)) if self.args.augment else 0
-        sides = zip(self.players, self.ids, self.numbers, self.views, strict=True)
-        slots = self.args.max_units
-        self.views = [View(obs, player, ids, numbers, slots, last) for player, ids, numbers, last in sides]
+        before, most = zip(self.players, self.ids, self.numbers, self.views, strict=True), self.args.max_units
+        self.views = [View(obs, player, ids, numbers, most, view) for player, ids, numbers, view in before]
         self.masks = [action_masks(view) for view in self.views]
         sides = [observe(view, mask, self.symmetry) for view, mask in zip(self.views, self.masks, strict=True)]
         self.kinds = [side["kind"] for side in sides]
@@ -938,7 +937,7 @@ class LuxEnv(gym.Env):
         return self._observe(obs, rewards, dones), float(np.sum(rewards)), over, False, info
 
     @property
-    def game(self):  # of a training map: the generator before the reset and the moves since, which lead here again
+    def game(self):  # for a checkpoint: the generator before the reset and all moves since; played again they lead here
         return {"generator": self.generator, "moves": torch.from_numpy(np.array(self.moves, dtype=np.uint8))}
 
     @game.setter
@@ -1025,7 +1024,7 @@ if __name__ == "__main__":
         raise Refusal("--run-name must be up to 200 letters, digits and _.+=-, without a path; --resume needs one.")
     if os.path.exists(run_dir) and not args.resume:
         raise Refusal(f"{run_dir} exists already: choose another --run-name, or go on with --resume.")
-    for path in list(filter(os.path.exists, (in_run("checkpoint.pt"), in_run("previous.pt"))))[:1]:  # the newer
+    if path := next(filter(os.path.exists, (in_run("checkpoint.pt"), in_run("previous.pt"))), None):  # the newer
         try:
             if zipfile.ZipFile(path).testzip():  # torch does not look at the checksums
                 raise ValueError
@@ -1047,6 +1046,7 @@ if __name__ == "__main__":
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = True
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    torch.use_deterministic_algorithms(device.type == "cpu", warn_only=True)  # else threads add gradients in any order
     LuxEnv(args).reset(seed=args.seed)  # fails here if no map can hold the factories
     slow = "The environments' processes did not start in 10 minutes: fewer --num-envs, or go on with --resume."
     starting = threading.Timer(600, leave, (1, slow))  # until `cancel`: some waits have no limit of their own
@@ -1128,7 +1128,7 @@ if __name__ == "__main__":
                 actions[step] = distribution.sample()
                 entity_logprobs[step] = distribution.log_prob(actions[step])
                 envs.step_async(actions[step].cpu().numpy().reshape(envs.action_space.shape))
-                # while the environments step; they overwrite next_obs meanwhile
+                # meanwhile the environments step: on a CPU next_obs is their own memory, so the value is of the buffers
                 seen = {key: buffer[step] for key, buffer in obs.items()}
                 entity_values[step], predicted = agent.get_value(seen, actions[step])
                 expected[step] = (distribution.probs * predicted).sum(-1)
@@ -1213,8 +1213,8 @@ if __name__ == "__main__":
             raise Refusal(f"The {wrong[0]} is not finite in iteration {iteration}: lower --learning-rate, begin anew.")
         full = [length >= EPISODE_STEPS for length in episodes["episodic_length"]]
         recent.extend(map(float, episodes["episodic_return"]))
-        global_step, seconds = iteration * steps, time.time() - start_time
-        row = {"global_step": global_step, "charts/seconds": seconds, "charts/SPS": global_step / seconds}
+        steps_done, seconds = iteration * steps, time.time() - start_time
+        row = {"global_step": steps_done, "charts/seconds": seconds, "charts/SPS": steps_done / seconds}
         row["charts/rollout_seconds"] = update_start - rollout_start
         row["charts/update_seconds"] = time.time() - update_start
         row["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
@@ -1227,11 +1227,11 @@ if __name__ == "__main__":
         row["losses/explained_variance"] = (1 - errors.var() / batch["returns"][batch["active"]].var()).item()
         for name, value in row.items():
             if value is not None:
-                writer.add_scalar(name, value, global_step)
+                writer.add_scalar(name, value, steps_done)
         writer.flush()
         if seconds - last_line > 30 or iteration == args.num_iterations:
             last_line, left = seconds, seconds / iteration * (args.num_iterations - iteration) / 60
-            line = f"step {global_step:,}, {row['charts/SPS']:.0f} steps/s, {left:.0f} minutes left"
+            line = f"step {steps_done:,}, {row['charts/SPS']:.0f} steps/s, {left:.0f} minutes left"
             known = [past for past in (*rows, row) if past["charts/episodes"]][-1:]  # the newest, if any
             for name in ("episodic_return", "episodic_length", "ice_transferred"):
                 line += "".join(f", {name} {past[f'charts/{name}']:.1f}" for past in known)
@@ -1256,6 +1256,7 @@ if __name__ == "__main__":
         if os.path.exists(in_run("checkpoint.pt")):
             os.replace(in_run("checkpoint.pt"), in_run("previous.pt"))
         save(model | state, in_run("checkpoint.pt"))
+        global_step = steps_done  # what a signal says is kept
 
     # ---- the end
     print(f"{run_dir} is finished; play its policy with tools/evaluate.py {run_dir}", flush=True)

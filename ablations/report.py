@@ -39,11 +39,11 @@ first: that is sound for three runs, spans 1 exactly where Welch's p is above 0.
 be 0. p has Holm's correction for all tests of the table; d is Cohen's. In pictures a band is the interval; below five \
 runs thin lines show each run instead.
 """
-VERDICTS = """A claim `first > second` **agrees** if the interval of the ratio lies below 1 and holds the paper's \
-ratio; it **agrees in order only** if the paper's ratio (in brackets) is outside or not given; it is **not decided** \
-if the interval spans 1, and **contradicts** if it lies above. The paper's ice is that at the end of training, its \
-first full episode the step by which 10% of its episodes were. A run that never has an episode of 1,000 steps counts \
-with its length, and that claim has no p.
+VERDICTS = """The verdicts rest on each claim's own interval, without correction. A claim `first > second` **agrees** \
+if the interval of the ratio lies below 1 and holds the paper's ratio; it **agrees in order only** if the paper's \
+ratio (in brackets) is outside or not given; it is **not decided** if the interval spans 1, and **contradicts** if it \
+lies above. The paper's ice is that at the end of training, its first full episode the step by which 10% of its \
+episodes were. A run that never has an episode of 1,000 steps counts with its length, and that claim has no p.
 """
 # Commits of the curves of seeds 1 to 3, between which training is the same to the digit
 SAME_TRAINING = """ded624b ba62f97 ed12905 12e268d 1714c9c b121e8a 70b9f51 7ba5947 28d1e75 7d9b54a d4b30b6 7d588a7

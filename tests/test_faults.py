@@ -34,6 +34,7 @@ GRADIENT = "                grad_norm = nn.utils.clip_grad_norm_("
 RATIO = "                ratio = logratio.exp()\n"
 LOSS = "                loss = pg_loss - ent_coef"
 CHECK = "        losses = torch.stack(losses)"
+SAVING = '        if os.path.exists(in_run("checkpoint.pt")):'
 WORKER = "        for number in (signal.SIGINT, signal.SIGTERM):"  # in one that does not ignore them yet
 STARTED = '    modes = {"copy": False'  # before workers are started
 REPLAY = "        self.np_random.bit_generator.state = game"  # in a worker of a run that goes on
@@ -446,6 +447,7 @@ CASES = {  # status, what the sentence says, what has happened: (place, code)
     "SIGINT in a rollout": (130, SAY_STOPPED, (ROLLOUT, f"if step == 9: {HERE}")),
     "SIGINT to the group in a rollout": (130, SAY_STOPPED, (ROLLOUT, "if step == 9: os.killpg(0, signal.SIGINT)")),
     "SIGTERM in an update": (143, SAY_STOPPED, (UPDATE, "os.kill(os.getpid(), signal.SIGTERM)")),
+    "SIGINT while it saves": (130, SAY_STOPPED, (SAVING, HERE)),
     "SIGINT with a stuck worker": (130, SAY_STOPPED, (UPDATE, f"{WORKER_1}signal.SIGSTOP); {HERE}")),
     "SIGINT while it waits for a stuck worker": (
         *(130, SAY_STOPPED),
@@ -515,7 +517,7 @@ def test_a_run_ends_with_a_sentence_and_all_it_had(begun, outcomes, name):
     before, after = contents(begun / "runs/idle"), contents(cwd / "runs/idle")
     if status == 0:  # it went on to its end
         before = {}
-    if name.endswith("in an update") and status == 1:  # noticed after the newest policy was saved
+    if name.endswith(" saves") or (name.endswith("in an update") and status == 1):  # the newest policy was saved
         before = {Path("checkpoint.pt"): before[Path("checkpoint.pt")]}
     assert all(after[path] == content for path, content in before.items())
     assert all(tensor.isfinite().all() for tensor in weights(cwd / "runs/idle").values())

@@ -64,6 +64,7 @@ def train(script, flags, cwd, change=lambda script: None):
             change(module)
             exec(compile(ast.Module([main], []), module.__file__, "exec"), vars(module))
         finally:  # as with the end of a process
+            torch.use_deterministic_algorithms(False)
             if "lock" in vars(module):
                 module.lock.lock.release()
             for number, handler in handlers.items():
@@ -432,3 +433,19 @@ def test_vdn_explores_less_and_less_and_learns_the_teams_return(tmp_path):
         q = run.agent.get_q(run.next_obs).amax(-1)
     torch.testing.assert_close(best_q[-1], (q * (run.next_obs["kind"] != 0)).sum(-1), rtol=1e-4, atol=1e-5)
     assert torch.equal(run.batch["returns"], returns.flatten())
+
+
+@pytest.mark.parametrize("script", [PARENT, "ablations/gpae_lux.py"])
+def test_several_threads_train_the_same_twice(script, tmp_path):
+    """Without deterministic algorithms threads add the gradients of what was gathered in any order."""
+    ends = []
+    threads = torch.get_num_threads()
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        try:
+            torch.set_num_threads(3)  # 64 maps: a boundary between threads falls inside a map
+            space = train(script, "--channels 24 --num-minibatches 1 --update-epochs 4", tmp_path / folder)
+        finally:
+            torch.set_num_threads(threads)
+        ends.append(torch.cat([parameter.detach().flatten() for parameter in space.agent.parameters()]))
+    assert torch.equal(*ends)
