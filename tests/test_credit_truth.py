@@ -453,6 +453,21 @@ def test_a_small_run(played, tmp_path, monkeypatch, capsys):
     assert fit["explained"] == pytest.approx(np.mean([x["explained"] for x in several]), rel=1e-5)
 
 
+def test_pooled_shares_do_not_hold_what_runs_differ_by():
+    rng, rows = np.random.default_rng(0), []
+    numbers = [rng.normal(size=(2, 50)), rng.normal(size=(2, 80)) + 9]  # part and whole of two measurements
+    for part, whole in numbers:
+        halves = [slice(0, 20), slice(20, None)]  # two games
+        sums = [(len(w), p.sum(), w.sum(), p @ w, w @ w) for p, w in ((part[h], whole[h]) for h in halves)]
+        rows += pool_truth.centred([(7, *row) for row in sums])
+    n, part, whole, product, square = np.array(rows)[:, 1:].sum(0)
+    p, w = np.concatenate([x - x.mean(1, keepdims=True) for x in numbers], axis=1)
+    assert n == 130 and {row[0] for row in rows} == {7}
+    assert [part, whole] == pytest.approx([0, 0], abs=1e-9)
+    assert [product, square] == pytest.approx([p @ w, w @ w])
+    assert pool_truth.centred([]) == []
+
+
 def test_the_committed_table_is_of_the_committed_files(capsys):
     folder = ROOT / "ablations/results/truth"
     names = sorted(folder.glob("trained-*.json"))

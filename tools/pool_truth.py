@@ -1,6 +1,7 @@
 """Several measurements of tools/credit_truth.py as one, say of policies of several training runs.
 
-States stay apart, so that intervals are over all states; numbers are those of that program.
+States stay apart, so that intervals are over all states; numbers are those of that program, but that
+the shares near a death or birth are of what is left when each measurement's means are taken off.
 
     python tools/pool_truth.py truth-1.json truth-2.json truth-3.json --picture pooled.png
 """
@@ -17,6 +18,14 @@ from estimates import ROOT
 APART = 10**6  # states and games of each measurement are numbered from a multiple of this
 
 
+def centred(rows):
+    """Rows (game, n, part, whole, product, square) of sums over n numbers, with the means over all rows off."""
+    game, n, part, whole, product, square = np.reshape(rows, (-1, 6)).T
+    p, w = part.sum() / max(n.sum(), 1), whole.sum() / max(n.sum(), 1)
+    product, square = product - p * whole - w * part + n * p * w, square - 2 * w * whole + n * w**2
+    return np.stack((game, n, part - n * p, whole - n * w, product, square), axis=1).tolist()
+
+
 def pooled(contents):
     """The truths and estimates of several measurements one after the other, as one of them has them."""
     truths = [one["truth"] | {"state": one["truth"]["state"] + APART * n} for n, one in enumerate(contents)]
@@ -31,8 +40,8 @@ def pooled(contents):
             ]
             fit |= {"gaps": games, "parts": {}, "explained": np.mean([one["explained"] for one in parts])}
             for key in parts[0]["parts"]:
-                found = [(game + APART * n, *row) for n, one in enumerate(parts) for game, *row in one["parts"][key]]
-                fit["parts"][key] = found
+                several = [centred(one["parts"][key]) for one in parts]
+                fit["parts"][key] = [(game + APART * n, *row) for n, rows in enumerate(several) for game, *row in rows]
             fits.append(fit)
     return result
 
