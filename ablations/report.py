@@ -340,7 +340,7 @@ def plot(variants, data, path):
         axis.grid(alpha=0.3)
     handles, labels = axes[0].get_legend_handles_labels()
     columns = 4 if max(map(len, labels)) < 50 else 3
-    figure.legend(handles, labels, loc="lower center", ncol=columns, fontsize=8)
+    figure.legend(handles, labels, loc="lower center", ncol=columns, fontsize=8 if len(labels) < 15 else 7)
     figure.tight_layout(rect=(0, max(0.1, 0.05 * -(-len(labels) // columns)), 1, 1))
     figure.savefig(path, dpi=100)
     plt.close(figure)
