@@ -11,7 +11,7 @@ import pytest
 import torch
 from luxai_s2.unit import UnitType
 from PIL import Image
-from test_evaluate import ROOT, make_run, refused, tool
+from test_evaluate import ROOT, make_run, refused, tool, tool_here
 from torch.distributions.categorical import Categorical
 
 import ppo_trajsep_lux as parent
@@ -400,10 +400,11 @@ FAST = {
 FAST |= {"gap_events": 3, "seed": 0, "best": False, "script": None, "take_truth": None}
 
 
-def test_a_small_run(played, tmp_path, monkeypatch, capsys):
+def test_a_small_run(tmp_path, monkeypatch, capsys):
+    run = make_run(tmp_path / "run", num_envs=2, num_steps=12, num_minibatches=2, factories_per_team=2)
     files = {"json": tmp_path / "truth.json", "picture": tmp_path / "truth.png"}
     monkeypatch.setattr(branches.Games, "scatter", lambda games, steps: None)  # all from a game's start
-    credit_truth.credit_truth(Namespace(run=played[0], **FAST, **files))
+    credit_truth.credit_truth(Namespace(run=run, **FAST, **files))
     out, found = capsys.readouterr().out, json.loads(files["json"].read_text())
     assert list(found["estimators"]) == list(estimates.ESTIMATORS) and found["flags"]["fits"] == 2
     state = np.array(found["truth"]["state"])
@@ -422,11 +423,11 @@ def test_a_small_run(played, tmp_path, monkeypatch, capsys):
     with Image.open(files["picture"]) as image:
         assert image.size[0] > 1000
     with pytest.raises(load.Refusal, match="exists already"):
-        credit_truth.credit_truth(Namespace(run=played[0], **FAST, **files))
+        credit_truth.credit_truth(Namespace(run=run, **FAST, **files))
 
     # once more with that truth, one critic fitted on two rollouts; then both as one
     monkeypatch.setattr(credit_truth, "collect_truth", None)
-    again = {"json": tmp_path / "again.json", "picture": None, "run": played[0]}
+    again = {"json": tmp_path / "again.json", "picture": None, "run": run}
     changed = FAST | {"take_truth": files["json"], "rollouts": 2, "fits": 1}
     credit_truth.credit_truth(Namespace(**changed, **again))
     second = json.loads(again["json"].read_text())
@@ -485,7 +486,7 @@ def test_what_cannot_be_pooled(tmp_path):
     for file, changed in zip(files, ({}, {"args": {"gamma": 0.9}}, {"flags": flags | {"steps": 9}}, 0), strict=True):
         file.write_text(json.dumps(good | changed if changed != 0 else 7))
     for file, words in zip(files[1:], ("other settings", "other numbers of steps", "is not what --json"), strict=True):
-        refused(tool("pool_truth.py", files[0], file, cwd=tmp_path), words)
+        refused(tool_here("pool_truth.py", files[0], file, cwd=tmp_path), words)
     files[3].write_text(json.dumps(good | {"estimates": {"MAPPO": {"raw": [[1]]}}}))
     refused(tool("pool_truth.py", files[0], files[3], cwd=tmp_path), "measure again")
 
@@ -500,7 +501,7 @@ def test_what_cannot_be_pooled(tmp_path):
     ],
 )
 def test_flags_that_cannot_be(played, tmp_path, flags, words):
-    refused(tool("credit_truth.py", played[0], *flags, cwd=tmp_path), words)
+    refused(tool_here("credit_truth.py", played[0], *flags, cwd=tmp_path), words)
 
 
 def test_a_policy_with_a_memory_is_refused(tmp_path, monkeypatch):

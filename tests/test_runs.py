@@ -11,6 +11,7 @@ from test_script import ROOT, SCRIPT, curve, one_sentence, read_csv, run, togeth
 FLAGS = "--map-size 24 --factories-per-team 1 --max-units 8 --channels 4 --num-envs 2 --num-steps 32 "
 FLAGS += "--num-minibatches 2 --update-epochs 1 --total-timesteps 128 --no-cuda --run-name test"
 OTHERS = {  # flags that make a script differ from its parent, or that are worth a try
+    "ablations/gpae_lux.py": "--reuse 2",
     "mappo_lux.py": "--opponent self",
     "ablations/trajsep_own_reward_lux.py": "--own-reward 0.5",
     "ablations/trajsep_mixed_lux.py": "--no-separate-factories",
@@ -49,6 +50,21 @@ def test_each_script_trains(folders, script):
     assert model["script"] == Path(script).stem and model["args"]["channels"] == 4
     assert all(tensor.isfinite().all() for tensor in model["model"].values())
     assert (folder / "script.py").read_bytes() == (ROOT / script).read_bytes()
+
+
+def test_checkpoints_hold_no_more_than_their_tensors(folders):
+    """Of a tensor that is a view of a larger one, torch would save the whole."""
+    for script, folder in folders.items():
+        held, stack = [], [torch.load(folder / "checkpoint.pt", weights_only=True)]
+        while stack:
+            item = stack.pop()
+            if isinstance(item, torch.Tensor):
+                held.append(item)
+            elif isinstance(item, (dict, list, tuple)):
+                stack.extend(item.values() if isinstance(item, dict) else item)
+        assert len(held) > 20
+        for tensor in held:
+            assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size(), script
 
 
 def test_all_cells_keep_their_values_in_the_loss_if_asked(tmp_path):

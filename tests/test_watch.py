@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_evaluate import PARENT, ROOT, make_run, refused, tool
+from test_evaluate import PARENT, ROOT, make_run, refused, tool, tool_here
 
 sys.path.insert(0, str(ROOT / "tools"))
 import evaluate  # noqa: E402
@@ -37,7 +37,7 @@ def watched(tmp_path_factory):
     flags = [flag for pair in files.items() for flag in pair]
     done = tool("watch.py", run, *flags)
     assert done.returncode == 0, done.stderr
-    refused(tool("watch.py", run, "-o", files["-o"]), "exists already")
+    refused(tool_here("watch.py", run, "-o", files["-o"]), "exists already")
     return run, *files.values()
 
 
@@ -82,7 +82,7 @@ def test_an_action_of_a_scripts_own_is_shown_by_its_number(tmp_path):
     names = "NO_OP, UP, RIGHT, DOWN, LEFT, DIG, DELIVER, PICK_UP = range"
     assert text.count(names) == 1
     source.write_text(text.replace("PICK_UP", "GRAB"))
-    done = tool("watch.py", make_run(tmp_path / "run", source), "--steps", 2, "-o", tmp_path / "page.html")
+    done = tool_here("watch.py", make_run(tmp_path / "run", source), "--steps", 2, "-o", tmp_path / "page.html")
     assert done.returncode == 0, done.stderr
     units, factories = recording(tmp_path / "page.html")["labels"]
     assert units["6"] == "deliver" and units["7"] == "action 7" and "7" not in factories
@@ -91,10 +91,12 @@ def test_an_action_of_a_scripts_own_is_shown_by_its_number(tmp_path):
 def test_names_with_a_dot_and_files_that_are_the_same(tmp_path):
     run = make_run(tmp_path / "lr0.001")
     for where, name in ((run, "lr0.001"), (run / "model.pt", "lr0.001-model")):
-        done = tool("watch.py", where, "--steps", 1, cwd=tmp_path)
+        done = tool_here("watch.py", where, "--steps", 1, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert recording(tmp_path / f"{name}-0.html")["run"] == name
-    refused(tool("watch.py", run, "-o", "x", "--gif", "x", cwd=tmp_path), "cannot be written to x: give another name")
+    refused(
+        tool_here("watch.py", run, "-o", "x", "--gif", "x", cwd=tmp_path), "cannot be written to x: give another name"
+    )
     assert not (tmp_path / "x").exists()
 
 
@@ -195,7 +197,7 @@ def test_gif_and_replay(watched):
     ],
 )
 def test_flags_that_cannot_be(watched, tmp_path, flags, words):
-    refused(tool("watch.py", watched[0], *flags, cwd=tmp_path), words)
+    refused(tool_here("watch.py", watched[0], *flags, cwd=tmp_path), words)
     assert not list(tmp_path.iterdir())
 
 
@@ -205,9 +207,9 @@ def test_a_script_whose_functions_ask_for_something_else(tmp_path):
     (run / "script.py").write_text(
         text.replace("def compute_gae(trajectories,", "def compute_gae(trajectories, horizon,")
     )
-    refused(tool("watch.py", run, "--steps", 2, cwd=tmp_path), "compute_gae of this script needs 'horizon'")
+    refused(tool_here("watch.py", run, "--steps", 2, cwd=tmp_path), "compute_gae of this script needs 'horizon'")
     (run / "script.py").write_text(text.replace("get_value", "get_worth"))
-    refused(tool("watch.py", run, "--steps", 2, cwd=tmp_path), "has no get_value")
+    refused(tool_here("watch.py", run, "--steps", 2, cwd=tmp_path), "has no get_value")
 
 
 SCENARIO = """
@@ -339,7 +341,7 @@ def judged(tmp_path_factory):
     folder = tmp_path_factory.mktemp("judged")
     run = make_run(folder / "run")
     for name, flags in (("plain", ()), ("truth", ("--truth", 3, "--replay", folder / "replay.json"))):
-        done = tool("watch.py", run, "--steps", 24, *flags, "-o", folder / f"{name}.html")
+        done = tool_here("watch.py", run, "--steps", 24, *flags, "-o", folder / f"{name}.html")
         assert done.returncode == 0, done.stderr
     return run, folder
 
@@ -402,4 +404,4 @@ def test_the_page_says_the_truth_where_it_is_known(judged, tmp_path):
 
 
 def test_the_truth_is_not_for_self_play(watched, tmp_path):
-    refused(tool("watch.py", watched[0], "--truth", 1, cwd=tmp_path), "trained in self-play")
+    refused(tool_here("watch.py", watched[0], "--truth", 1, cwd=tmp_path), "trained in self-play")
