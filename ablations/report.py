@@ -147,11 +147,13 @@ def with_interval(values, name):
 
 
 def ratio_text(found):
+    if np.isnan(found["ratio"]):  # of nothing
+        return ""
     return f"{short(found['ratio'])} [{short(found['low'])}, {short(found['high'])}]".replace("inf", "no end")
 
 
 def row(cells):
-    return "| " + " | ".join(map(str, cells)) + " |"
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
 def names_of(curves):
@@ -235,7 +237,8 @@ def table(variants, data, scale):
         cells += [with_interval(end, "ice at the end"), first_text(curves), reached(curves, 0.1), reached(curves, 0.95)]
         cells += [with_interval(measure(curves, part), part) for part in list(MEASURES)[3:]]
         if name in found:
-            cells += [*map(ratio_text, found[name]), f"{corrected[name]:.2g}", f"{found[name][0]['d']:.1f}"]
+            d = found[name][0]["d"]
+            cells += [*map(ratio_text, found[name]), f"{corrected[name]:.2g}", "" if np.isnan(d) else f"{d:.1f}"]
         else:
             cells += ["counted in the first" if name in counted else "", "", "", ""]
         lines.append(row([*cells, variant.paper_ice]))
@@ -381,7 +384,11 @@ def main():
         if bad := [name for name in args.compare if Path(name).name != name]:
             sys.exit(f"--compare takes names of folders under {args.results / scale}, got {bad[0]}.")
         variants = [VARIANTS.get(name) or own_variant(args.results / scale / name) for name in args.compare]
-        return report(args.results, scale, "compare_" + "_".join(args.compare), variants)
+        folder = args.results / scale
+        for name in args.compare:
+            if args.compare.count(name) > 1 or not any((folder / name).glob("seed*.csv")):
+                sys.exit(f"--compare takes folders of {folder} that hold a seedN.csv, each once: not {name!r}.")
+        return report(args.results, scale, ("compare_" + "_".join(args.compare))[:200], variants)
     made = [(scale, args.figure)] if args.figure in FIGURES else []
     if args.figure == "all":
         made = [(path.parent.name, path.stem) for path in sorted(args.results.glob("*/*.md")) if path.stem in FIGURES]

@@ -3,7 +3,7 @@
     python ablations/run.py baselines                      the four scripts, seeds 1 to 3, at the CPU scale
     python ablations/run.py fig4 --seeds 4 5 --scale paper
     python ablations/run.py all --dry-run                  print the missing commands, one a line, for a scheduler
-    python ablations/run.py --script ablations/mine_lux.py --flags "--x 1" --label "mine" --scale tiny
+    python ablations/run.py --script ablations/mine_lux.py --flags="--x 1" --label "mine" --scale tiny
 
 Each run is a process of its own with its log beside it in runs/. Its command goes on where it stopped
 and does nothing if it is finished, so all of this can be started again at any time. A finished run
@@ -278,7 +278,9 @@ class Run:
     def store(self):
         """Copy the curve of the ended process to results/; a sentence instead if it failed or is not whole."""
         if self.process.returncode:
-            said = self.log.read_text(errors="replace").strip().split("\n")[-1]
+            lines = self.log.read_text(errors="replace").strip().split("\n")
+            boxes = [i for i, line in enumerate(lines) if line.startswith("╭")]  # the flags' parser draws one
+            said = lines[boxes[-1] + 1].strip("│ ") if boxes and lines[-1].startswith("╰") else lines[-1]
             return f"failed with exit status {self.process.returncode} ({said}): see {self.log}"
         try:
             settings = json.loads((self.folder / "args.json").read_text())
@@ -349,9 +351,10 @@ def own_variant(script, flags, label):
         shlex.split(flags)
     except ValueError as error:
         sys.exit(f"--flags {flags!r}: {str(error)[:1].lower()}{str(error)[1:]}.")
-    if not name or name in VARIANTS:
-        sys.exit(f"--label {label!r} gives the results folder {name!r}, which is taken or empty: choose another.")
-    return Variant(name, label, script, flags)
+    if not 0 < len(name) <= 100 or name in VARIANTS:
+        why = "which is taken, empty or longer than 100 letters"
+        sys.exit(f"--label {label!r} gives the results folder {name!r}, {why}: choose another.")
+    return Variant(name, label, os.path.normpath(script), flags)
 
 
 def main():
@@ -368,6 +371,8 @@ def main():
     args = parser.parse_args()
     if (args.figure is None) == (args.script is None):
         sys.exit("Name a figure, or a variant of your own with --script.")
+    if args.figure and (args.label or args.flags):
+        sys.exit("--label and --flags are for a variant of your own: name it with --script, in place of a figure.")
     if args.jobs < 1:
         sys.exit(f"--jobs must be at least 1, got {args.jobs}.")
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
@@ -379,11 +384,10 @@ def main():
         variants = dict.fromkeys(v for name in FIGURES if args.figure in (name, "all") for v in FIGURES[name])
     runs = [Run(variant, seed, scale) for seed in args.seeds for variant in variants]
     if outdated := [run.name for run in runs if run.result.exists() and run.is_outdated()]:
-        print(
-            "Of another command or script, and kept (to run one anew, remove its curve and its folder in runs/):",
-            *outdated,
-            file=sys.stderr,
-        )
+        kept = f"Of another command or script, and kept: {' '.join(outdated)}"
+        if args.script:  # else seeds of several versions would come under one name
+            sys.exit(f"{kept}. Nothing was run: give another --label, or remove them and their folders in runs/.")
+        print(f"{kept} (to run one anew, remove its curve and its folder in runs/)", file=sys.stderr)
     runs = [run for run in runs if not run.result.exists()]
     if args.dry_run:
         print(*[run.command for run in runs], sep="\n", end="\n" if runs else "")

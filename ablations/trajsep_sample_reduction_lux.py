@@ -63,7 +63,7 @@ class Args:
     run_name: str = ""
     """folder under runs/ for this run's files (default: the script's name, seed and time)"""
     resume: bool = False
-    """go on with the run of that name where it stopped, or begin it; what it was begun with need not be said again"""
+    """go on with the run of that name where it stopped, or begin it; a saved run knows its other flags"""
     seed: int = 1
     """seed of the run: weights, sampling and training maps"""
     cuda: bool = True
@@ -595,12 +595,11 @@ class View:
 def make_planes(view):
     """The map as the network sees it: float16 (18, map_size, map_size), scaled to about [0, 2].
 
-    0 rubble, 1 ice, 2 steps to the nearest own factory (in tens), 3 own lichen, 4 enemy lichen,
-    5 own factory, 6 enemy factory, 7-10 power, water, metal and ice of own factories (on their nine
-    tiles), 11 own light unit, 12 own heavy unit, 13 enemy unit (light 0.5, heavy 1), 14 own unit's
-    power, 15 own unit's ice, 16 time of day, 17 time of the episode. Power enters as a square root,
-    because a little more matters most where little is left. No plane holds a team total, which would
-    leak the whole map into the local critic of IPPO.
+    0 rubble, 1 ice, 2 steps to the nearest own factory (in tens), 3 own lichen, 4 enemy lichen, 5 own factory, 6 enemy
+    factory, 7-10 power, water, metal and ice of own factories (on their nine tiles), 11 own light unit, 12 own heavy
+    unit, 13 enemy unit (light 0.5, heavy 1), 14 own unit's power, 15 own unit's ice, 16 time of day, 17 time of the
+    episode. Power enters as a square root, because a little more matters most where little is left. No plane holds a
+    team total, which would leak the whole map into the local critic of IPPO.
     """
     board, units, factories = view.board, view.units, view.factories
     planes = np.zeros((NUM_PLANES, view.size, view.size), dtype=np.float16)
@@ -788,17 +787,16 @@ def draw_maps(rng, map_seed=None):
 class LuxEnv(gym.Env):
     """One game of Lux AI Season 2 against an idle opponent, or against the same policy.
 
-    Observations are a dictionary of arrays with a leading axis of sides (1, or 2 in self-play):
-    `planes` (sides, 18, map_size, map_size); per slot `pixel`, `kind`, `unit_id`, `action_mask`; and
-    `reward` and `done` of the step that led here, in the slots as they were before it, because gymnasium's vector
-    environments carry only one reward per environment. An action is an integer per side and slot;
-    illegal ones count as NO_OP. An episode ends, by termination, after 1,000 steps or with the loss of
-    a side's last factory.
+    Observations are a dictionary of arrays with a leading axis of sides (1, or 2 in self-play): `planes` (sides, 18,
+    map_size, map_size); per slot `pixel`, `kind`, `unit_id`, `action_mask`; and `reward` and `done` of the step that
+    led here, in the slots as they were before it, because gymnasium's vector environments carry only one reward per
+    environment. An action is an integer per side and slot; illegal ones count as NO_OP. An episode ends, by
+    termination, after 1,000 steps or with the loss of a side's last factory.
 
-    Training maps come from the environment's own generator (`reset(seed=...)`), map n by
-    `reset(options={"map_seed": n})`. With `augment`, each observation is turned or mirrored by chance,
-    and the action that answers it is turned back. From step to step it keeps by side `ids`, `numbers`
-    (see `assign_slots`), `views`, `masks` (not turned), `kinds` and `stats`; and the last `symmetry`.
+    Training maps come from the environment's own generator (`reset(seed=...)`), map n by `reset(options={"map_seed":
+    n})`. With `augment`, each observation is turned or mirrored by chance, and the action that answers it is turned
+    back. From step to step it keeps by side `ids`, `numbers` (see `assign_slots`), `views`, `masks` (not turned),
+    `kinds` and `stats`; and the last `symmetry`.
     """
 
     def __init__(self, args):
@@ -975,7 +973,7 @@ if __name__ == "__main__":
     args, global_step, checkpoint = tyro.cli(Args, default=SMALL if "--small" in sys.argv else Args()), 0, None
     sys.excepthook = partial(explain, None)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, _: leave(128 + n, f"Stopped at step {global_step}; go on with --resume."))
+        signal.signal(number, lambda n, _: leave(128 + n, f"Stopped at step {global_step}; rerun it with --resume."))
     script = os.path.basename(__file__).removesuffix(".py")
     run_dir = os.path.join("runs", args.run_name or f"{script}__{args.seed}__{int(time.time())}")
     in_run = partial(os.path.join, run_dir)
@@ -990,6 +988,8 @@ if __name__ == "__main__":
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds for a damaged file
             raise Refusal(f"{path} is damaged (or not yours to read): delete it, the one before is used.") from error
+    elif os.path.exists(in_run("progress.csv")) and len(open(in_run("progress.csv")).readlines()) > 2:
+        raise Refusal(f"{run_dir} has lost its checkpoint.pt: bring it back, or choose another --run-name.")
     if checkpoint is not None:
         if checkpoint["script"] != script:
             raise Refusal(f"{run_dir} was begun by {checkpoint['script']}.py: go on with that.")

@@ -169,8 +169,10 @@ def name_of(node):
         return f"from {node.module} import"
     if isinstance(node, ast.AnnAssign):
         return ast.unparse(node.target)
-    if isinstance(node, ast.Assign):
-        return ", ".join(ast.unparse(target) for target in node.targets)
+    if isinstance(node, ast.Assign):  # of several names the first, which stays when one is added
+        return ast.unparse(getattr(node.targets[0], "elts", node.targets)[0])
+    if isinstance(node, ast.AugAssign):
+        return f"{ast.unparse(node.target)} +="
     return ast.unparse(node).splitlines()[0]
 
 
@@ -273,6 +275,8 @@ def fault(name, variant, parent):
     if kind in ("same", "marked"):
         return None
     advice = f"--fix {verb} it" if kind == "stale" else f"say '# {mark}'"
+    if kind == "stale" and own is None:
+        advice += f"; if you removed it, say '# {mark}'"
     if kind == "edited" and theirs:
         advice += f", or take the parent's with --overwrite {variant.name} {shlex.quote(name)}"
     if kind == "edited" and own and theirs and re.findall(".+", own.text) == re.findall(".+", theirs.text):

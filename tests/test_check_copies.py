@@ -188,6 +188,21 @@ def test_a_script_falls_into_units(tree):
     assert check(tree).returncode == 0 and check(tree).stdout == ""
 
 
+def test_of_several_names_the_first_is_the_units_so_that_one_can_be_added(tree):
+    old = "STAY, MOVE = range(2)\nSTATS = []\nSTATS += [1]\n"
+    new = old.replace("MOVE =", "MOVE, GIVE =").replace("range(2)", "range(3)").replace("[1]", "[1, 2]")
+    for path in tree.rglob("*_lux.py"):
+        edit(path, "PLAYERS = (", old + "PLAYERS = (")
+    assert {"STAY", "STATS", "STATS +="} < {*Script(tree / "ippo_lux.py").units} and check(tree).returncode == 0
+    edit(tree / "ippo_lux.py", old, new)
+    assert "ippo_lux.py:" in check(tree).stderr
+    mark = "# Differs from ppo_trajsep_lux: gifts\n"
+    edit(tree / "ippo_lux.py", "STAY,", f"{mark}STAY,")
+    edit(tree / "ippo_lux.py", "STATS +=", f"{mark}STATS +=")
+    before = texts(tree)
+    assert check(tree).returncode == 0 and check(tree, "--fix").returncode == 0 and texts(tree) == before
+
+
 EDITS = [  # in mappo_lux.py: what, to what, in which unit
     ("    last = rewards[0] * 0\n", "    last = rewards[1] * 0\n", "compute_gae"),
     ("    gamma: float = 0.99\n", "    gamma: float = 0.98\n", "Args.gamma"),
@@ -344,7 +359,10 @@ def test_a_change_of_the_original_reaches_every_copy_before_and_after_its_commit
         done = check(tree)
         unit = "Args.seed" if committed else "Args.gamma"
         assert f"{unit}: differs without a mark: --fix renews it" in done.stderr
-        assert f"helper_{committed}: lacks what ppo_trajsep_lux.py:" in done.stderr and "--fix adds it" in done.stderr
+        assert (
+            f"helper_{committed}: lacks what ppo_trajsep_lux.py:" in done.stderr
+            and "--fix adds it; if you removed it, say" in done.stderr
+        )
         done = check(tree, "--fix")
         assert done.returncode == 0, done.stderr
         for name in ("ippo_lux.py", "mappo_lux.py", "ablations/mixed_lux.py"):

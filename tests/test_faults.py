@@ -212,6 +212,19 @@ def test_without_its_last_checkpoint_a_run_goes_on_from_the_one_before(copied, w
     assert curve(folder) == curve(whole / "idle") and same_weights(weights(folder), weights(whole / "idle"))
 
 
+def test_a_run_that_has_lost_both_checkpoints_is_not_begun_anew(copied, monkeypatch):
+    folder = copied / "runs/idle"
+    for name in ("checkpoint.pt", "previous.pt"):
+        (folder / name).unlink()
+    before = contents(folder)
+    status, said = read_flags(f"{TINY} {SEVEN['idle']} --resume", copied, monkeypatch)
+    assert status == 1 and "runs/idle has lost its checkpoint.pt" in said
+    assert contents(folder) == before
+    rows = (folder / "progress.csv").read_text().splitlines(keepends=True)
+    (folder / "progress.csv").write_text("".join(rows[:2]))  # killed after the first row, before its checkpoint
+    assert read_flags(f"{TINY} {SEVEN['idle']} --resume", copied, monkeypatch)[0] == 0
+
+
 # ---- the lines that read flags and checkpoint, in this process
 
 
@@ -440,7 +453,7 @@ def test_a_damaged_older_checkpoint_does_not_matter(resumable, monkeypatch):
 # ---- stopped, killed, stuck or diverged in the third iteration
 
 HERE, LATER = "os.kill(os.getpid(), signal.SIGINT)", "import threading; threading.Timer({}, os.killpg, (0, 2)).start()"
-SAY_STOPPED, SAY_LOST = "Stopped at step 128; go on with --resume", "environment [1] died or hangs"
+SAY_STOPPED, SAY_LOST = "Stopped at step 128; rerun it with --resume", "environment [1] died or hangs"
 SAY_SLOW = "processes did not start in 10 minutes"
 LEAVING = "    for process in multiprocessing.active_children():\n"
 CASES = {  # status, what the sentence says, what has happened: (place, code)

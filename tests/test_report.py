@@ -263,6 +263,9 @@ def test_a_variant_of_ones_own_is_compared_by_its_folder(tmp_path, monkeypatch, 
     ).exists()
     with pytest.raises(SystemExit, match="There is no .*nowhere"):
         call(monkeypatch, "--compare", "trajsep", "nowhere", "--scale", "tiny", "--results", tmp_path)
+    for names in (("trajsep", "mappo"), ("trajsep", "trajsep"), ("trajsep", ".."), ("trajsep", "")):
+        with pytest.raises(SystemExit, match="that hold a seedN.csv, each once: not"):
+            call(monkeypatch, "--compare", *names, "--scale", "tiny", "--results", tmp_path)
     with pytest.raises(SystemExit, match="Name a figure, or folders"):
         call(monkeypatch, "--results", tmp_path)
     with pytest.raises(SystemExit, match="--compare takes names of folders under .*, got ../cpu/mine"):

@@ -165,17 +165,25 @@ def test_a_changed_script_reuses_no_old_curve_in_silence(project):
     assert "kept" not in call(project, "--seeds", "1")[2]
     (project / "fake.py").write_text(FAKE + "# changed\n")
     code, _, err = call(project, "--seeds", "1")
-    assert code == 0 and "kept (to run one anew, remove its curve and its folder in runs/): tiny-mine-1" in err
+    said = "Of another command or script, and kept: tiny-mine-1. Nothing was run: give another --label"
+    assert code == 1 and said in err
+    assert call(project, "--seeds", "1", "2")[0] == 1 and not (project / "runs/tiny-mine-2").exists()
     (project / "ablations/results/tiny/mine/seed1.csv").unlink()  # the run's folder is still there
     code, _, err = call(project, "--seeds", "1")
     assert code == 1 and "tiny-mine-1 was begun by another version of fake.py: rename or remove " in err
     shutil.rmtree(project / "runs/tiny-mine-1")
     assert call(project, "--seeds", "1")[0] == 0
     code, _, err = call(project, "--seeds", "1", "--flags=--sleep 0")  # another command under the same label
-    assert "kept (to run one anew, remove its curve and its folder in runs/): tiny-mine-1" in err
+    assert code == 1 and said in err
     (project / "ablations/results/tiny/mine/seed1.csv").unlink()  # a resumed run would keep what is no longer said
     code, _, err = call(project, "--seeds", "1", "--flags=--sleep 0")
     assert code == 1 and "tiny-mine-1 was begun by another command, python fake.py" in err
+
+
+def test_a_flag_that_the_script_does_not_know_is_named(project):
+    shutil.copy(ROOT / "ppo_trajsep_lux.py", project / "fake.py")
+    code, _, err = call(project, "--seeds", "1", "--flags=--gama 1")
+    assert code == 1 and "tiny-mine-1 failed with exit status 2 (Unrecognized options: --gama" in err
 
 
 def test_what_ended_elsewhere_is_collected_and_says_no_machine(project):
@@ -217,8 +225,10 @@ def main(monkeypatch, *flags):
         ("fig4 --script mappo_lux.py", "Name a figure, or a variant of your own"),
         ("--script mappo_lux.py --label mine --flags=--x'a", '--flags "--x\'a": no closing quotation.'),
         ("--script nowhere.py", "there is no nowhere.py"),
-        ("--script mappo_lux.py --label MAPPO", "'mappo', which is taken or empty"),
-        ("--script mappo_lux.py --label ...", "'', which is taken or empty"),
+        ("fig4 --label mine", "--label and --flags are for a variant of your own"),
+        (f"--script mappo_lux.py --label {'x' * 101}", "taken, empty or longer than 100 letters"),
+        ("--script mappo_lux.py --label MAPPO", "'mappo', which is taken, empty"),
+        ("--script mappo_lux.py --label ...", "'', which is taken, empty"),
     ],
 )
 def test_what_a_user_does_wrong_ends_in_one_sentence(monkeypatch, flags, sentence):
