@@ -275,6 +275,8 @@ def fault(name, variant, parent):
     if kind in ("same", "marked"):
         return None
     advice = f"--fix {verb} it" if kind == "stale" else f"say '# {mark}'"
+    if kind == "stale" and own and theirs and own.text == theirs.text:
+        what, advice = f"carries marks that are {parent.name}'s own", "--fix takes them off"
     if kind == "stale" and own is None:
         advice += f"; if you removed it, say '# {mark}'"
     if kind == "edited" and theirs:

@@ -319,7 +319,7 @@ def test_the_marks_of_a_copied_variant_are_dropped(tree):
     edit(
         mine, "# Parent: ppo_trajsep_lux.py\n# Removed from ppo_trajsep_lux: Args.num_groups", "# Parent: mappo_lux.py"
     )
-    assert "group_index: differs without a mark: --fix renews it" in check(tree).stderr
+    assert "group_index: carries marks that are mappo_lux.py's own: --fix takes them off" in check(tree).stderr
     done = check(tree, "--fix")
     assert done.returncode == 0 and "mine_lux.py" in done.stdout, done.stderr
     assert "ppo_trajsep_lux:" not in mine.read_text() and "def everywhere" in mine.read_text()
