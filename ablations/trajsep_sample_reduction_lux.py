@@ -948,9 +948,9 @@ def explain(envs, kind, error, trace):
     elif envs is not None and isinstance(error, multiprocessing.TimeoutError):
         lost = [i for i, pipe in enumerate(envs.parent_pipes) if not pipe.poll()]
     if lost:
-        sentence = f"The process of environment {lost[:9]} died or hangs: go on with --resume."
+        sentence = f"The process of environment {lost[:9]} died or hangs: rerun it with --resume."
     elif isinstance(error, (OSError, EOFError, MemoryError)) or re.search("out of memory|allocate", sentence):
-        sentence += ": see to it (disk, memory, output, or fewer --num-envs), then go on with --resume."
+        sentence += ": see to it (disk, memory, output, or fewer --num-envs), then rerun it with --resume."
     elif not isinstance(error, Refusal) and not kind.__module__.startswith("wandb"):
         sys.__excepthook__(kind, error, trace)
         sentence = "An error in the code; what was trained before is kept."
@@ -988,7 +988,7 @@ if __name__ == "__main__":
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds for a damaged file
             raise Refusal(f"{path} is damaged (or not yours to read): delete it, the one before is used.") from error
-    elif os.path.exists(in_run("progress.csv")) and len(open(in_run("progress.csv")).readlines()) > 2:
+    elif os.path.exists(in_run("progress.csv")) and len(open(in_run("progress.csv")).readlines()) > 2:  # from row 2 on
         raise Refusal(f"{run_dir} has lost its checkpoint.pt: bring it back, or choose another --run-name.")
     if checkpoint is not None:
         if checkpoint["script"] != script:
@@ -1007,7 +1007,7 @@ if __name__ == "__main__":
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     torch.use_deterministic_algorithms(device.type == "cpu", warn_only=True)  # else threads add gradients in any order
     LuxEnv(args).reset(seed=args.seed)  # fails here if no map can hold the factories
-    slow = "The environments' processes did not start in 10 minutes: fewer --num-envs, or go on with --resume."
+    slow = "The environments' processes did not start in 10 minutes: fewer --num-envs, or rerun it with --resume."
     starting = threading.Timer(600, leave, (1, slow))  # until `cancel`: some waits have no limit of their own
     starting.start()
     modes = {"copy": False, "autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}

@@ -486,7 +486,7 @@ CASES = {  # status, what the sentence says, what has happened: (place, code)
     "a worker killed in an update": (1, SAY_LOST, (CHECK, f"{WORKER_1}signal.SIGKILL)")),
     "a worker stuck in a rollout": (1, SAY_LOST, (ROLLOUT, f"{WORKER_1}signal.SIGSTOP)")),
     "a worker stuck in an update": (1, SAY_LOST, (CHECK, f"{WORKER_1}signal.SIGSTOP)")),
-    "a worker killed at the start": (1, "go on with --resume", (WORKER, f"{IN_WORKER_1}signal.SIGKILL)")),
+    "a worker killed at the start": (1, "rerun it with --resume", (WORKER, f"{IN_WORKER_1}signal.SIGKILL)")),
     "a worker killed while it replays": (1, SAY_LOST, (REPLAY, f"{IN_WORKER_1}signal.SIGKILL)")),
     "a worker stuck at the start": (1, SAY_SLOW, (WORKER, f"{IN_WORKER_1}signal.SIGSTOP)")),
     "a worker stuck while it replays": (1, SAY_SLOW, (REPLAY, f"{IN_WORKER_1}signal.SIGSTOP)")),

@@ -276,6 +276,11 @@ def test_a_variant_of_ones_own_is_compared_by_its_folder(tmp_path, monkeypatch, 
         call(monkeypatch, "--compare", "trajsep", "mine", "--scale", "tiny", "--results", tmp_path)
 
 
+def test_cells_hold_no_bar_and_a_ratio_of_nothing_is_blank():
+    assert report.row(["a|b", 1]) == "| a\\|b | 1 |"
+    assert report.ratio_text(curves.compare(np.zeros(2), np.zeros(2))) == ""
+
+
 def test_report_without_runs_says_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="trajsep holds no seedN.csv: start its runs with ablations/run.py first"):
         call(monkeypatch, "baselines", "--results", tmp_path)
