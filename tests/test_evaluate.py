@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -42,8 +43,7 @@ def make_run(folder, source=PARENT, **settings):
 
 def tool(name, *flags, cwd=None):
     """What a tool says that is started with these flags."""
-    command = [sys.executable, str(ROOT / "tools" / name), *map(str, flags)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=900)
+    return warm.start([ROOT / "tools" / name, *flags], cwd)
 
 
 def tool_here(name, *flags, cwd="."):

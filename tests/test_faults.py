@@ -21,6 +21,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_script import SCRIPT, curve, one_sentence, read_csv, run, together
+from warm import Warm
 
 import ppo_trajsep_lux as script
 
@@ -61,9 +62,11 @@ def cut(folder, *places):
 
 def begin(cwd, flags, path=SCRIPT, **options):
     """Start a script and go on at once."""
-    command = [sys.executable, str(path), *flags.split()]
+    command = [str(path), *flags.split()]
+    if not options:
+        return Warm(command, cwd)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    return subprocess.Popen(command, cwd=cwd, **pipes, **options)
+    return subprocess.Popen([sys.executable, *command], cwd=cwd, **pipes, **options)
 
 
 def end(process, seconds=120, check=True):

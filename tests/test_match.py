@@ -1,19 +1,17 @@
 """Matches: of runs in this process, and of programs that behave and misbehave."""
 
 import json
-import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import warm
 from test_export import make_run
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 import match  # noqa: E402
-
-MATCH = [sys.executable, str(ROOT / "tools/match.py")]
 
 # Places its factory on the first free tile and does nothing after that, but for its fault
 BOT = """
@@ -50,7 +48,7 @@ def short(monkeypatch):
 
 
 def run(*words):
-    return subprocess.run([*MATCH, *map(str, words)], capture_output=True, text=True)
+    return warm.start([ROOT / "tools/match.py", *words])
 
 
 def test_a_run_against_itself_is_mirrored_whatever_the_jobs(tmp_path):

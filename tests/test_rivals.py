@@ -477,19 +477,18 @@ def runs(tmp_path_factory):
     assert text.count(anchor) == 1
     cut = folder / Path(gpae.__file__).name
     cut.write_text(text.replace(anchor, f"                if iteration == 2: os.kill(os.getpid(), 9)\n{anchor}"))
-    one_thread = partial(run, OMP_NUM_THREADS="1")
 
     def start(name):
         script, flags = RUNS[name]
         (folder / name).mkdir()
-        one_thread(folder / name, f"{FLAGS} {flags}", Path(script.__file__))
+        run(folder / name, f"{FLAGS} {flags}", Path(script.__file__))
 
     def resume():
         (folder / "resumed").mkdir()
         flags = f"{FLAGS} {RUNS['reuse'][1]} --resume"
-        assert one_thread(folder / "resumed", flags, cut, check=False).returncode == -9
+        assert run(folder / "resumed", flags, cut, check=False).returncode == -9
         assert len(read_csv(folder / "resumed/runs/test/progress.csv")) == 1
-        one_thread(folder / "resumed", flags, Path(gpae.__file__))
+        run(folder / "resumed", flags, Path(gpae.__file__))
 
     together(resume, *[partial(start, name) for name in RUNS])
     return {name: folder / name / "runs/test" for name in ("resumed", *RUNS)}

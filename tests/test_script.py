@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 
 from ppo_trajsep_lux import RANGES, Agent, Args, Refusal, check_args
 
@@ -26,9 +27,13 @@ TIMES = ("charts/seconds", "charts/SPS", "charts/rollout_seconds", "charts/updat
 
 
 def run(cwd, flags, script=SCRIPT, check=True, **env):
-    """Start a script as a user would, and wait for its end."""
-    command = [sys.executable, str(script), *flags.split()]
-    done = subprocess.run(command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=900)
+    """Start a script as a user would, and wait for its end. With other environment variables, Python starts anew."""
+    command = [str(script), *flags.split()]
+    if env:
+        options = {"env": {**os.environ, **env}, "capture_output": True, "text": True, "timeout": 900}
+        done = subprocess.run([sys.executable, *command], cwd=cwd, **options)
+    else:
+        done = warm.start(command, cwd)
     assert not check or done.returncode == 0, done.stderr
     return done
 

@@ -458,7 +458,7 @@ def runs(tmp_path_factory):
 
     def start(name, script, flags, **options):
         (root / name).mkdir(exist_ok=True)
-        return run(root / name, flags, script, OMP_NUM_THREADS="1", **options)
+        return run(root / name, flags, script, **options)
 
     def resume():
         assert start("resumed", killed, LONGER, check=False).returncode == -9
