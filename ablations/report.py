@@ -1,7 +1,8 @@
 """Tables and pictures, made from the files under ablations/results/ alone.
 
     python ablations/report.py baselines [--scale cpu]   one figure: results/<scale>/<figure>.md and .png
-    python ablations/report.py claims                    the paper's claims beside ours, in ablations/README.md
+    python ablations/report.py claims                    the paper's claims beside ours, and the short tables of
+                                                         figures that are not the paper's, in ablations/README.md
     python ablations/report.py all                       every table that is there, made anew, and the claims
     python ablations/report.py --compare trajsep mine    folders of results; all are compared with the first
 
@@ -123,6 +124,9 @@ for claim in (
     CLAIMS.setdefault(claim[1:5], claim)
 
 
+BRIEF = {"rivals": ["cpu"], "size": ["cpu24", "cpu", "cpu40"]}  # short tables in ablations/README.md
+
+
 def verdict(found, paper_ratio):
     if found["low"] <= 1 <= found["high"]:
         return "not decided"
@@ -213,17 +217,23 @@ def notes(data):
     return "\n".join(lines) + "\n"
 
 
+def tested(sides):
+    """Of pairs of curves by key: ratio of the ice of the run and at the end, and p with Holm's correction for all."""
+    parts = list(MEASURES)[:2]
+    found = {key: [compare(*[measure(side, part) for side in pair]) for part in parts] for key, pair in sides.items()}
+    found = {key: both for key, both in found.items() if all(both)}
+    p_values = holm([of_run["p"] for of_run, _ in found.values()])
+    return {key: (*both, p) for (key, both), p in zip(found.items(), p_values, strict=True)}
+
+
 def table(variants, data, scale):
     """A figure's Markdown table; runs that count as the first variant's are compared with nothing."""
     head = "variant | runs | steps | ice of the run | IQM | ice at the end | first full episode | 10% full | 95% full"
     head += " | length at the end | return at the end | factory count at the end"
     head += " | ratio to the first: ice of the run | ratio to the first: ice at the end | p | d | paper's ice"
-    columns, first, found = head.count("|") + 1, variants[0].name, {}
-    counted = [SAME_RUNS.get((scale, first), [""])[0]]
-    for name in (variant.name for variant in variants[1:]):
-        pairs = [compare(measure(data[first], part), measure(data[name], part)) for part in list(MEASURES)[:2]]
-        found |= {name: pairs} if all(pairs) and name not in counted else {}
-    corrected = dict(zip(found, holm([pair[0]["p"] for pair in found.values()]), strict=True))
+    columns, first = head.count("|") + 1, variants[0].name
+    counted = [first, SAME_RUNS.get((scale, first), [""])[0]]
+    found = tested({name: (data[first], data[name]) for name in data if name not in counted})
     lines = [f"| {head} |", "|---" * columns + "|"]
     for variant in variants:
         curves, name = data[variant.name], variant.name
@@ -237,10 +247,11 @@ def table(variants, data, scale):
         cells += [with_interval(end, "ice at the end"), first_text(curves), reached(curves, 0.1), reached(curves, 0.95)]
         cells += [with_interval(measure(curves, part), part) for part in list(MEASURES)[3:]]
         if name in found:
-            d = found[name][0]["d"]
-            cells += [*map(ratio_text, found[name]), f"{corrected[name]:.2g}", "" if np.isnan(d) else f"{d:.1f}"]
+            *ratios, p = found[name]
+            d = ratios[0]["d"]
+            cells += [*map(ratio_text, ratios), f"{p:.2g}", "" if np.isnan(d) else f"{d:.1f}"]
         else:
-            cells += ["counted in the first" if name in counted else "", "", "", ""]
+            cells += ["counted in the first" if name in counted[1:] else "", "", "", ""]
         lines.append(row([*cells, variant.paper_ice]))
     method = METHOD.replace("](", "](../../")  # a table lies two folders below the pages
     return f"{method}\n" + "\n".join(lines) + f"\n\n{notes({(scale, name): data[name] for name in data})}"
@@ -289,11 +300,33 @@ def claims(results):
     return f"{summary}\n" + "\n".join(lines) + f"\n\n{VERDICTS}\n{METHOD}\n{notes(data)}"
 
 
-def put_between(page, text):
-    """Replace what stands between the page's two marks, if there is such a page."""
+def brief(results, figure, scales):
+    """A figure's short table, of one scale or several: all beside the first variant there, who has most ice on top."""
+    head = "variant | runs | ice of the run | its ratio | p | ice at the end | its ratio | runs with a full episode"
+    lines, (first, *others), missing = [f"| {head} |", "|---" * (head.count("|") + 1) + "|"], FIGURES[figure], []
+    data = {(scale, one.name): runs_of(results, scale, one.name) for scale in scales for one in (first, *others)}
+    found = tested({key: (data[key[0], first.name], data[key]) for key in data if key[1] != first.name})
+    for scale in scales:
+        where, ran = f"{MAPS[scale]}: " * (len(scales) > 1), [one for one in others if data[scale, one.name]]
+        ran = sorted(ran, key=lambda one: -measure(data[scale, one.name], "ice of the run").mean())
+        for one in [first] * bool(data[scale, first.name]) + ran:
+            curves = data[scale, one.name]
+            run, end = [with_interval(measure(curves, part), part) for part in list(MEASURES)[:2]]
+            *ratios, p = found.get((scale, one.name), (None, None, None))
+            ratio, end_ratio = [ratio_text(pair) if pair else "" for pair in ratios]
+            full = f"{sum(~np.isnan([curve.first_full() for curve in curves.values()]))} of {len(curves)}"
+            lines.append(
+                row([where + one.label, len(curves), run, ratio, "" if p is None else f"{p:.2g}", end, end_ratio, full])
+            )
+        missing += [where + one.label for one in (first, *others) if not data[scale, one.name]]
+    return "\n".join(lines) + "\n" + f"\nNot run: {'; '.join(missing)}.\n" * bool(missing)
+
+
+def put_between(page, mark, text):
+    """Replace what stands between the page's two marks of that name, if there is such a page."""
     if page.exists():
-        head, begin, rest = page.read_text().partition("<!-- claims -->\n")
-        _, end, tail = rest.partition("<!-- end of claims -->\n")
+        head, begin, rest = page.read_text().partition(f"<!-- {mark} -->\n")
+        _, end, tail = rest.partition(f"<!-- end of {mark} -->\n")
         page.write_text(f"{head}{begin}{text}{end}{tail}" if end else head + begin + rest)
 
 
@@ -395,8 +428,10 @@ def main():
     for scale, figure in made:
         report(args.results, scale, figure, FIGURES[figure])
     if args.figure in ("claims", "all"):
-        text = claims(args.results)
-        put_between(args.results.parent / "README.md", text)
+        page, text = args.results.parent / "README.md", claims(args.results)
+        put_between(page, "claims", text)
+        for figure, scales in BRIEF.items():
+            put_between(page, figure, brief(args.results, figure, scales))
         print(text, end="")
 
 

@@ -214,6 +214,39 @@ def test_claims_by_hand(tmp_path, monkeypatch, capsys):
     assert "| 1.0 |" in capsys.readouterr().out
 
 
+def test_short_tables_by_hand(tmp_path, monkeypatch):
+    """Within a scale all are compared with its first, p is corrected for all scales, and the most ice is on top."""
+    ice = {
+        "cpu24/trajsep": (90, 100, 110),
+        "cpu24/mappo": (49, 50, 51),
+        "cpu24/coma_whole": (60,),
+        "cpu40/trajsep": (900, 1000, 1100),
+        "cpu40/mappo": (49, 50, 57),
+    }
+    for name, values in ice.items():
+        for seed, value in enumerate(values):
+            write(tmp_path / f"results/{name}/seed{seed}.csv", [value] * 13, full_from=2 if value > 49 else 99)
+    text = report.brief(tmp_path / "results", "size", ["cpu24", "cpu40"])
+    page = tmp_path / "README.md"
+    page.write_text("<!-- size -->\nold\n<!-- end of size -->\n")
+    call(monkeypatch, "claims", "--results", tmp_path / "results")
+    assert page.read_text().startswith(f"<!-- size -->\n{text.splitlines()[0]}\n")
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    labels = ["trajectory separation", run.VARIANTS["coma_whole"].label, run.VARIANTS["mappo"].label]
+    small, large = (report.MAPS[scale] for scale in ("cpu24", "cpu40"))
+    where = [f"{small}: {label}" for label in labels] + [f"{large}: {label}" for label in labels[::2]]
+    assert [line[0] for line in cells[2:]] == where
+    both = [(ice[f"{scale}/trajsep"], ice[f"{scale}/mappo"]) for scale in ("cpu24", "cpu40")]
+    p_values = [stats.ttest_ind(*pair, equal_var=False).pvalue for pair in both]
+    corrected = curves.holm(p_values)
+    assert cells[4][1:4:2] == ["3", "0.50 [0.41, 0.66]"] and cells[4][4] == f"{corrected[0]:.2g}"
+    assert cells[6][3].startswith("0.052 [") and cells[6][4] == f"{corrected[1]:.2g}" != f"{p_values[1]:.2g}"
+    assert cells[3][1:] == ["1", "60.0", "", "", "60.0", "", "1 of 1"]
+    assert [line[7] for line in cells[2:]] == ["3 of 3", "1 of 1", "2 of 3", "3 of 3", "2 of 3"]
+    gpae = run.VARIANTS["gpae_50_whole_entropy"].label
+    assert text.endswith(f"\nNot run: {small}: {gpae}; {large}: {gpae}; {large}: {labels[1]}.\n")
+
+
 def test_a_claim_about_runs_that_never_had_a_full_episode_has_no_p(tmp_path, monkeypatch, capsys):
     for seed in (1, 2, 3):
         write(tmp_path / f"cpu/trajsep/seed{seed}.csv", [1] * 13, full_from=seed)
