@@ -41,6 +41,15 @@ def watched(tmp_path_factory):
     return run, *files.values()
 
 
+def test_the_policy_that_comes_with_the_repository(tmp_path):
+    """The README's command; in three steps each factory has built a heavy unit."""
+    page = tmp_path / "page.html"
+    done = tool_here("watch.py", ROOT / "ablations/trained", "--steps", 3, "-o", page)
+    assert done.returncode == 0, done.stderr
+    kinds = [entity["kind"] for entity in recording(page)["entities"]]
+    assert kinds == [3, 3, 2, 2]  # factories, heavy units
+
+
 def test_it_plays_the_game_that_evaluate_plays(watched):
     run, page, *_ = watched
     data = recording(page)

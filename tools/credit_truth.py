@@ -384,7 +384,6 @@ def credit_truth(flags):
         raise load.Refusal(f"{flags.run} was trained in self-play: the truth is for the idle opponent only.")
     if hasattr(agent, "hidden"):
         raise load.Refusal(f"{flags.run} has a policy with a memory, which the branches of a game cannot share.")
-    torch.set_num_threads(1)
     files = {file: load.import_script(ROOT / file) for file, _ in ESTIMATORS.values()}
     game, start, seconds = files["ablations/difference_lux.py"], time.time(), {}
     game_args = settings(game, args, {})

@@ -28,7 +28,6 @@ import torch
 
 def play(map_seed, where, greedy):
     """Play one map in a process of its own; the statistics of the episode."""
-    torch.set_num_threads(1)
     script, args, agent = load.load(**where)
     generator = torch.Generator().manual_seed(map_seed)
     env = script.make_worker_env(args)

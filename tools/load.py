@@ -13,6 +13,8 @@ from pathlib import Path
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tools play on the CPU, one map at a time
 import torch  # noqa: E402
 
+torch.set_num_threads(1)  # on one small map more of them mostly wait: beside a training five times as long
+
 
 class Refusal(Exception):
     """What the user can mend; the message says how."""

@@ -34,7 +34,6 @@ from pathlib import Path
 import load
 import numpy as np
 import submission
-import torch
 from scipy.stats import binomtest
 
 # the original, for its engine with meters; it is the same in all scripts
@@ -92,7 +91,6 @@ class Program:
 
 @cache
 def load_run(path, map_size):
-    torch.set_num_threads(1)
     script, args, agent = load.load(path, map_size=map_size)
     return script, cache(lambda player: (deepcopy(agent), args.max_units))  # a policy can have a memory
 
