@@ -302,7 +302,8 @@ def claims(results):
 
 def brief(results, figure, scales):
     """A figure's short table, of one scale or several: all beside the first variant there, who has most ice on top."""
-    head = "variant | runs | ice of the run | its ratio | p | ice at the end | its ratio | runs with a full episode"
+    head = "variant | runs | ice of the run | its ratio | p | ice at the end | its ratio | first full episode"
+    head += " (runs with one)"
     lines, (first, *others), missing = [f"| {head} |", "|---" * (head.count("|") + 1) + "|"], FIGURES[figure], []
     data = {(scale, one.name): runs_of(results, scale, one.name) for scale in scales for one in (first, *others)}
     found = tested({key: (data[key[0], first.name], data[key]) for key in data if key[1] != first.name})
@@ -314,7 +315,8 @@ def brief(results, figure, scales):
             run, end = [with_interval(measure(curves, part), part) for part in list(MEASURES)[:2]]
             *ratios, p = found.get((scale, one.name), (None, None, None))
             ratio, end_ratio = [ratio_text(pair) if pair else "" for pair in ratios]
-            full = f"{sum(~np.isnan([curve.first_full() for curve in curves.values()]))} of {len(curves)}"
+            full = [step for curve in curves.values() if not np.isnan(step := curve.first_full())]
+            full = f"{number(np.mean(full)) if full else 'never'} ({len(full)} of {len(curves)})"
             lines.append(
                 row([where + one.label, len(curves), run, ratio, "" if p is None else f"{p:.2g}", end, end_ratio, full])
             )

@@ -241,8 +241,10 @@ def test_short_tables_by_hand(tmp_path, monkeypatch):
     corrected = curves.holm(p_values)
     assert cells[4][1:4:2] == ["3", "0.50 [0.41, 0.66]"] and cells[4][4] == f"{corrected[0]:.2g}"
     assert cells[6][3].startswith("0.052 [") and cells[6][4] == f"{corrected[1]:.2g}" != f"{p_values[1]:.2g}"
-    assert cells[3][1:] == ["1", "60.0", "", "", "60.0", "", "1 of 1"]
-    assert [line[7] for line in cells[2:]] == ["3 of 3", "1 of 1", "2 of 3", "3 of 3", "2 of 3"]
+    assert cells[3][1:] == ["1", "60.0", "", "", "60.0", "", "12,288 (1 of 1)"]
+    assert [line[7] for line in cells[2:]] == [
+        f"12,288 ({runs})" for runs in ("3 of 3", "1 of 1", "2 of 3", "3 of 3", "2 of 3")
+    ]
     gpae = run.VARIANTS["gpae_50_whole_entropy"].label
     assert text.endswith(f"\nNot run: {small}: {gpae}; {large}: {gpae}; {large}: {labels[1]}.\n")
 
