@@ -470,7 +470,7 @@ def test_links_of_a_page_lead_somewhere(page):
 def test_every_committed_curve_tells_what_made_it():
     looked_at = 0
     for name, variant in run.VARIANTS.items():
-        for scale in ("cpu", "paper"):
+        for scale in ("cpu", "cpu24", "cpu40", "paper"):
             for curve in curves.load(ROOT / "ablations/results" / scale / name).values():
                 looked_at += 1
                 assert {"command", "commit", "processor", "bf16", "torch", "seconds", "steps"} <= set(curve.made)
