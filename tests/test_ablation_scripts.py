@@ -1,12 +1,16 @@
 """Each ablation's mechanism by hand-computed cases: which cells enter the loss, which reward and value each gets."""
 
 import importlib.util
+import json
+import shlex
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+import tyro
 from test_network import play_and_train, some_obs
 
 import ppo_trajsep_lux
@@ -318,3 +322,24 @@ def test_normed_values_are_tenths_of_the_heads_output(script, value):
     agent = script.Agent(NARROW)
     nn.init.zeros_(agent.critic_head.weight), nn.init.ones_(agent.critic_head.bias)
     torch.testing.assert_close(agent.get_value(some_obs()), torch.full((3, 7), value))
+
+
+# ---- all of them
+
+
+def test_the_commands_of_committed_curves_mean_today_what_they_meant():
+    """A default that changes would change every curve whose command does not name it."""
+    scripts, looked_at = {}, 0
+    for path in (ROOT / "ablations/results").glob("*/*/seed*.json"):
+        made = json.loads(path.read_text())
+        if "settings" not in made:  # noted from commit d004cd2 on
+            continue
+        name, *flags = shlex.split(made["command"])[1:]
+        if name not in scripts:
+            scripts[name] = load(f"../{name.removesuffix('.py')}")
+        Args, small = scripts[name].Args, scripts[name].SMALL
+        today = asdict(tyro.cli(Args, args=flags, default=small if "--small" in flags else Args()))
+        of_machine = {"bf16", "cuda"}
+        assert today.items() >= {key: made["settings"][key] for key in {*made["settings"]} - of_machine}.items(), path
+        looked_at += 1
+    assert looked_at > 80

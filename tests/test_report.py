@@ -146,10 +146,14 @@ def test_a_table_by_hand(tmp_path, monkeypatch, capsys):
     lines = [
         "model.pt",
         "| actions | episodic_length | ice_transferred |",
+        "| greedy | 120.00 +- 4.00 | 7.00 +- 1 |",
         "| sampled | 130.00 +- 4.00 | 1,008.50 +- 1 |",
     ]
     (tmp_path / "cpu/untrained/seed1_eval.txt").write_text("\n".join(lines))
     assert report.untrained(tmp_path / "cpu", "ice_transferred") == 1008.5
+    more = "\n".join(lines).replace("1,008.5", "1.5")
+    (tmp_path / "cpu/untrained/seed2_eval.txt").write_text(more)
+    assert report.untrained(tmp_path / "cpu", "ice_transferred") == 505
     call(monkeypatch, "fig7", "--results", tmp_path)
     text = capsys.readouterr().out
     assert text == (tmp_path / "cpu/fig7.md").read_text() and text.startswith(report.METHOD[:200])
@@ -247,6 +251,15 @@ def test_short_tables_by_hand(tmp_path, monkeypatch):
     ]
     gpae = run.VARIANTS["gpae_50_whole_entropy"].label
     assert text.endswith(f"\nNot run: {small}: {gpae}; {large}: {gpae}; {large}: {labels[1]}.\n")
+
+
+def test_when_a_share_of_the_episodes_is_full(tmp_path):
+    """That share and no more is enough; and runs stand in the order of their seeds."""
+    for seed in range(1, 11):  # one of ten from the third window on, all from the fourth
+        write(tmp_path / f"seed{seed}.csv", [1] * 13, full_from=2 if seed == 10 else 3)
+    found = curves.load(tmp_path)
+    assert report.reached(found, 0.1) == "12,288" and report.reached(found, 0.95) == "16,384"
+    assert list(found) == [str(seed) for seed in range(1, 11)]
 
 
 def test_a_claim_about_runs_that_never_had_a_full_episode_has_no_p(tmp_path, monkeypatch, capsys):
@@ -394,9 +407,10 @@ def test_pictures(tmp_path, monkeypatch, drawn, capsys):
     assert len([line for line in length.lines if line.get_color() == "#000000"]) == 3
     (paper,) = [line for line in ice.lines if line.get_linestyle() == ":"]
     assert list(zip(paper.get_xdata(), paper.get_ydata(), strict=True))[-1] == (102000, 44500)
-    assert [line.get_color() for line in ice.lines if line.get_label() == "trajectory separation (6 runs)"] == [
-        "#0072B2"
-    ]
+    (line,) = [line for line in ice.lines if line.get_label() == "trajectory separation (6 runs)"]
+    assert line.get_color() == "#0072B2" and list(line.get_xdata()[:2]) == [4096, 8192]  # where a window ends
+    (mean,) = [line for line in length.lines if line.get_label() == "trajectory separation (6 runs)"]
+    assert mean.get_ydata()[0] == pytest.approx((500 + 5 * 1000) / 6)  # not the median
     shutil.copytree(tmp_path / "paper", tmp_path / "cpu")
     call(monkeypatch, "baselines", "--results", tmp_path)
     assert ":" not in {line.get_linestyle() for line in drawn.gcf().axes[1].lines}

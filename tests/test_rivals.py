@@ -106,6 +106,66 @@ def test_the_order_of_the_slots_does_not_matter(script):
     torch.testing.assert_close(after, others(obs, action)[:, order], rtol=0, atol=1e-14)
 
 
+@LEAVE_ONE_OUT
+def test_what_the_others_do_by_hand(script):
+    """The sum over the others of w[offset] * E[kind, action], entity by entity, at all offsets from -4 to 4."""
+    agent = make_agent(script)
+    obs, action, _ = team()
+    size, kinds = obs["planes"].shape[-1], KINDS[0].tolist()
+    where, act = agent.others.where.weight, agent.others.act.weight
+    places = set()
+    for far in range(81):
+        obs["pixel"][:, 1] = obs["pixel"][:, 0] = 300
+        obs["pixel"][:, 1] += (far // 9 - 4) * size + far % 9 - 4
+        with torch.no_grad():
+            answer = agent.others(obs, action)
+        for i in SLOTS:
+            expected = torch.zeros(len(action), answer.shape[-1])
+            for k in (k for k in SLOTS if k != i and LIVING[k]):
+                (x, y), (to_x, to_y) = (divmod(obs["pixel"][0, slot].item(), size) for slot in (i, k))
+                near = abs(to_x - x) <= 3 and abs(to_y - y) <= 3
+                place = 7 * (to_x - x + 3) + to_y - y + 3 if near else 49
+                expected += where[place] * act[(kinds[k] - 1) * NUM_ACTIONS + action[:, k]]
+                places.add(place)
+            torch.testing.assert_close(answer[:, i], expected)
+    assert places == set(range(50))
+
+
+@LEAVE_ONE_OUT
+def test_the_critic_knows_the_mean_of_the_living(script):
+    agent = make_agent(script)
+    obs, action, probs = team()
+    living = torch.tensor(LIVING)
+
+    def says(obs, action=action, probs=probs):
+        with torch.no_grad():
+            if script is dae:
+                return torch.cat((agent.get_value(obs, action)[0][..., None], agent.get_value(obs, action)[1]), -1)
+            return critic(script, agent, obs, action, probs)
+
+    before = says(obs)
+    elsewhere = obs | {"pixel": torch.where(living, obs["pixel"], 333)}  # of the empty slot
+    assert torch.equal(says(elsewhere)[:, living], before[:, living])
+    more = {key: value if key == "planes" else torch.cat((value, 0 * value), 1) for key, value in obs.items()}
+    double = says(more, torch.cat((action, 0 * action), 1), torch.cat((probs, probs), 1))[:, : len(LIVING)]
+    torch.testing.assert_close(double[:, living], before[:, living], rtol=1e-5, atol=1e-6)
+    moved = obs | {"pixel": torch.where(obs["pixel"] == 400, 450, obs["pixel"])}  # far from all, as it was
+    change = (says(moved) - before).abs().amax((0, -1))
+    assert (change[living] > 1e-5).all()
+
+
+def test_gpae_knows_the_kind_whose_policy_it_is():
+    agent = make_agent(gpae)
+    obs, action, probs = team()
+    with torch.no_grad():
+        before = agent.get_value(obs, action, probs)
+        for kind in (LIGHT, HEAVY, FACTORY):
+            agent.own[kind - 1] += 1
+            moved = (agent.get_value(obs, action, probs) - before).abs() > 1e-5
+            agent.own[kind - 1] -= 1
+            assert torch.equal(moved[:, LIVING], (torch.tensor(kind) == KINDS)[:, LIVING])
+
+
 def test_gpae_sees_the_own_policy_and_nobody_elses():
     agent = make_agent(gpae)
     obs, action, probs = team()

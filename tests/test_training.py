@@ -382,24 +382,196 @@ def test_all_are_paid_what_the_team_earns(script, scale, tmp_path):
     torch.testing.assert_close(run.trajectories.rewards, pay[..., None] * (1 if one_for_all else alive))
 
 
+SCRIPTS = [path for path in (*ROOT.glob("*_lux.py"), *ROOT.glob("ablations/*_lux.py"))]
+SCRIPTS = sorted(str(path.relative_to(ROOT)) for path in SCRIPTS if "multigpu" not in path.name)
+BRIEFLY = "--num-steps 8 --total-timesteps 16"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_discounts_what_learns_and_from_which_cells(script, tmp_path):
+    """Gamma and lambda reach the returns as what they are, a loss every weight of the network."""
+    returns = "lambda_returns" if "vdn" in script else "compute_gae"
+    losses = ("policy_loss", "normalize", "value_loss") * ("vdn" not in script)
+    run = train(script, f"{BRIEFLY} --gamma 0.9 --gae-lambda 0.7", tmp_path, recording(returns, *losses))
+    assert [given[-2:] for given, _ in run.calls[returns]] == [(0.9, 0.7)]
+    for name, parameter in run.agent.named_parameters():
+        if not name.startswith(("predictor", "guide.")):  # TRAMA's: it learns apart, its first matrix is zero
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+    for loss in losses:  # three epochs of two minibatches
+        cells = run.batch["active" if loss == "value_loss" else "choice"].sum()
+        masks = [
+            next(x for x in given if getattr(x, "dtype", None) == torch.bool).sum() for given, _ in run.calls[loss]
+        ]
+        assert len(masks) % 6 == 0 and sum(masks) == cells * (len(masks) // 2)
+
+
+def test_groups_of_units_are_as_many_as_asked(tmp_path):
+    run = train(PARENT, f"{BRIEFLY} --num-groups 3 --max-units 8", tmp_path, recording("group_index"))
+    (((_, max_units, num_groups), group),) = run.calls["group_index"]
+    assert (max_units, num_groups, run.total_groups) == (8, 3, 3 + 1) and torch.equal(
+        run.batch["group"], group.flatten(0, 1)
+    )
+
+
+def test_what_the_group_scripts_group_by(tmp_path):
+    (tmp_path / "mixed").mkdir()
+    run = train(
+        "ablations/trajsep_mixed_lux.py",
+        f"{BRIEFLY} --no-separate-factories",
+        tmp_path / "mixed",
+        recording("group_index"),
+    )
+    assert run.calls["group_index"][0][0][2:] == (True, False)
+    run = train("ablations/trajsep_grouping_lux.py", BRIEFLY, tmp_path, recording("group_index"))
+    (tile, kind, map_size, max_units, _), _ = run.calls["group_index"][0]
+    assert tile is run.obs["tile"] and kind is run.obs["kind"] and (map_size, max_units) == (24, 8)
+
+
+def test_as_many_cells_are_kept_as_asked_by_the_score_asked(tmp_path):
+    flags = "--keep top-return --samples-per-step 2"
+    run = train("ablations/trajsep_sample_reduction_lux.py", flags, tmp_path, recording("select_cells"))
+    (((advantages, returns, active, *how), selected),) = run.calls["select_cells"]
+    assert how == ["top-return", 2] and torch.equal(returns, advantages + run.trajectories.values)
+    assert torch.equal(active, run.trajectories.active)
+    assert torch.equal(run.batch["choice"], (selected & run.trajectories.choice).flatten(0, 1))
+
+
+@pytest.mark.parametrize("script, paid", [("difference", "decoupled"), ("trajsep_own_reward", "blended")])
+def test_how_rewards_go_along_with_the_teams_is_logged(script, paid, tmp_path):
+    def change(script):
+        short(12)(script)
+        recording("team_correlation")(script)
+
+    run = train(f"ablations/{script}_lux.py", "--num-steps 16 --total-timesteps 32", tmp_path, change)
+    (((given, team, mask), answer),) = run.calls["team_correlation"]
+    assert given is vars(run)[paid] and torch.equal(mask, living(run))
+    assert torch.equal(team, team_rewards(run)) and column(tmp_path, "charts/reward_correlation") == [answer]
+    assert torch.equal(run.trajectories.rewards, vars(run)[paid])
+    if script == "difference":  # a factory's is its own reward, also in the last step of an episode
+        factory = run.obs["kind"] == run.FACTORY
+        assert run.entity_dones.any() and torch.equal(run.entity_difference[factory], run.entity_reward[factory])
+
+
+def seen(run, t):
+    """What the network saw at step t, its policy and the actions taken."""
+    obs = {key: buffer[t] for key, buffer in run.obs.items()}
+    return obs, run.agent.get_distribution(obs), run.actions[t]
+
+
+def taken(q, action):
+    return q.gather(-1, action[..., None]).squeeze(-1)
+
+
+def close(a, b, where=...):
+    torch.testing.assert_close(a[where], b[where], rtol=1e-3, atol=1e-5)
+
+
 def test_coma_trains_on_its_counterfactual_advantage(tmp_path):
-    run = train("ablations/coma_lux.py", FROZEN, tmp_path)
+    run = train("ablations/coma_lux.py", FROZEN, tmp_path, recording("value_loss", "compute_gae"))
+    alive, ((_, errors),) = living(run), run.calls["compute_gae"]
     with torch.no_grad():
         for t in range(run.args.num_steps):
-            seen = {key: buffer[t] for key, buffer in run.obs.items()}
-            q, probs = run.agent.get_value(seen, run.actions[t]), run.agent.get_distribution(seen).probs
-            taken = q.gather(-1, run.actions[t][..., None]).squeeze(-1)
-            expected = (taken - (probs * q).sum(-1))[living(run)[t]]
-            trained = run.batch["advantages"].unflatten(0, (-1, run.num_rows))[t][living(run)[t]]
-            torch.testing.assert_close(trained, expected, rtol=1e-3, atol=1e-5)
+            obs, policy, action = seen(run, t)
+            q = run.agent.get_value(obs, action)
+            close(run.entity_values[t], taken(q, action), alive[t])
+            expected = taken(q, action) - (policy.probs * q).sum(-1)
+            close(run.batch["advantages"].unflatten(0, (-1, run.num_rows))[t], expected, alive[t])
+        last = run.agent.get_value(run.next_obs, run.action)  # the action is drawn for it
+        close(run.entity_values[-1], taken(last, run.action), run.next_obs["kind"] != 0)
+        assert not torch.equal(run.action, run.agent.get_distribution(run.next_obs).probs.argmax(-1))
     assert (run.batch["advantages"][run.batch["choice"]].abs() > 1e-3).any()
+    assert torch.equal(run.batch["returns"], (errors + run.trajectories.values).flatten(0, 1))
+    for (newvalue, values, _, active, _), _ in run.calls["value_loss"]:  # nothing has been learnt
+        close(newvalue, values, active)
 
 
-def test_dae_takes_its_beta(tmp_path):
-    run = train("ablations/dae_lux.py", "--beta 0.7", tmp_path, recording("difference_advantages", "compute_gae"))
+def test_dae_predicts_rewards_and_takes_off_what_was_expected(tmp_path):
+    flags = f"{FROZEN} --beta 0.7"
+    run = train(
+        "ablations/dae_lux.py", flags, tmp_path, recording("difference_advantages", "compute_gae", "value_loss")
+    )
     (given, answer), (_, gae) = run.calls["difference_advantages"][-1], run.calls["compute_gae"][-1]
-    assert given[0] is gae and given[3] == 0.7 and not torch.equal(answer, gae)
+    assert given[0] is gae and given[3:] == (0.7, 0.99, 0.95) and not torch.equal(answer, gae)
+    assert given[1] is run.trajectories.dones and given[2] is run.expected
     assert torch.equal(run.batch["advantages"], answer.flatten(0, 1))
+    assert torch.equal(run.batch["returns"], (answer + run.trajectories.values).flatten(0, 1))
+    alive, predictions = living(run), []
+    with torch.no_grad():
+        for t in range(run.args.num_steps):
+            obs, policy, action = seen(run, t)
+            value, predicted = run.agent.get_value(obs, action)
+            close(run.entity_values[t], value, alive[t])
+            close(run.expected[t], (policy.probs * predicted).sum(-1), alive[t])
+            predictions.append(taken(predicted, action)[alive[t]])
+    rewards = [given for given, _ in run.calls["value_loss"] if given[1] is None][:2]  # of the first epoch
+    for of, expected in ((0, torch.cat(predictions)), (2, run.trajectories.rewards[alive])):
+        epoch = torch.cat([given[of].detach()[given[3]] for given in rewards])
+        close(epoch.sort()[0], expected.sort()[0])
+
+
+def test_gpae_values_older_steps_by_the_policy_as_it_is(tmp_path):
+    """Stopped before its fourth update, whose policy then is the one that all was computed with."""
+    scripts = []
+
+    def change(script):
+        recording("trace_weights", "compute_gae", "value_loss")(script)
+
+        def policy_loss(*given, function=script.policy_loss):
+            if script.iteration == 4:
+                raise Cut
+            script.calls["policy_loss"].append((given, function(*given)))
+            return script.calls["policy_loss"][-1][1]
+
+        class Agent(script.Agent):
+            def get_value(self, obs, action, probs):
+                assert not probs.requires_grad  # the critic's loss does not move the actor
+                if "reward" in obs:  # after the rollout
+                    legal = taken(obs["action_mask"], action).bool()
+                    script.calls["drawn"].append((legal.all(), torch.equal(action, script.actions[-1])))
+                return super().get_value(obs, action, probs)
+
+        script.policy_loss, script.Agent = policy_loss, Agent
+        scripts.append(script)
+
+    flags = "--reuse 3 --num-steps 8 --total-timesteps 64 --importance st --eta 1.2 --learning-rate 0.01"
+    with contextlib.suppress(Cut):
+        train("ablations/gpae_lux.py", flags, tmp_path, change)
+    run = scripts[0]
+    alive, free = living(run), run.obs["action_mask"].sum(-1) > 1
+    with torch.no_grad():
+        for t in range(24):
+            obs, policy, action = seen(run, t)
+            close(run.current[t], policy.log_prob(action), alive[t])
+            close(run.probs[t], policy.probs, alive[t])
+            close(run.entity_values[t], run.agent.get_value(obs, action, policy.probs), alive[t])
+            moved = (run.current[t] - run.entity_logprobs[t]).abs()[alive[t] & free[t]]
+            assert moved.mean() > 1e-3 if t < 16 else (moved == 0).all()
+    clock = 1000 * run.obs["planes"][:, 0, 17, 0, 0].double()
+    assert clock.round().int().tolist() == list(range(8, 32))  # the three newest rollouts of four, the newest last
+    (logratio, *how), traces = run.calls["trace_weights"][-1]
+    assert how == ["st", 1.2] and torch.equal(logratio, (run.current - run.entity_logprobs) * alive)
+    given, advantages = run.calls["compute_gae"][-1]
+    assert given[1] is traces
+    returns = logratio.exp().clamp(max=1) * advantages + run.trajectories.values
+    assert torch.equal(run.batch["returns"], returns.flatten(0, 1))
+    # one rollout in the first update, then two, then three, in two minibatches and three epochs
+    calls = [given for given, _ in run.calls["policy_loss"]]
+    assert [len(given[0]) for given in calls] == [8] * 6 + [16] * 6 + [24] * 6
+    assert max(column(tmp_path, "charts/active_cells")) <= alive.sum(-1).max()
+    kept = torch.load(tmp_path / "runs/test/checkpoint.pt", weights_only=True)["kept"]
+    assert len(kept) == len(run.obs) + 4 and all(len(buffer) == 16 for buffer in kept)
+    legal, same = zip(*run.calls["drawn"], strict=True)
+    assert len(legal) == 4 and all(legal) and not all(same)
+    for given in (calls[0], calls[6]):  # before any step of the optimiser
+        close(given[0].detach(), given[1])
+        assert given[0].requires_grad and not given[1].requires_grad
+    assert (calls[0][1] - 1).abs().max() < 1e-4 < (calls[6][1] - 1).abs().max()
+    kl = [((r / old).detach() - 1 - (r / old).detach().log())[mask].mean().item() for r, old, _, mask, _ in calls]
+    assert column(tmp_path, "losses/approx_kl") == pytest.approx(np.reshape(kl, (3, 6)).mean(1), rel=1e-2, abs=1e-6)
+    masks = [sum(given[3].sum() for given in calls[12 + 2 * i : 14 + 2 * i]) for i in range(3)]
+    assert len({mask.item() for mask in masks}) == 1  # the same cells in each epoch
+    for given in calls:
+        assert torch.equal(given[3], given[3] & (given[1] != 0))
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
@@ -433,6 +605,15 @@ def test_vdn_explores_less_and_less_and_learns_the_teams_return(tmp_path):
         q = run.agent.get_q(run.next_obs).amax(-1)
     torch.testing.assert_close(best_q[-1], (q * (run.next_obs["kind"] != 0)).sum(-1), rtol=1e-4, atol=1e-5)
     assert torch.equal(run.batch["returns"], returns.flatten())
+    errors = []
+    with torch.no_grad():
+        for t in range(run.args.num_steps):
+            q = run.agent.get_q({key: buffer[t] for key, buffer in run.obs.items()})
+            close(best_q[t], (q.amax(-1) * alive[t]).sum(-1))
+            errors.append((taken(q, run.actions[t]) * alive[t]).sum(-1) - returns[t])
+    assert column(tmp_path, "losses/value_loss")[-1] == pytest.approx(
+        0.5 * torch.stack(errors).pow(2).mean().item(), rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("script", [PARENT, "ablations/gpae_lux.py"])
