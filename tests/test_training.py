@@ -392,11 +392,22 @@ def test_what_discounts_what_learns_and_from_which_cells(script, tmp_path):
     """Gamma and lambda reach the returns as what they are, a loss every weight of the network."""
     returns = "lambda_returns" if "vdn" in script else "compute_gae"
     losses = ("policy_loss", "normalize", "value_loss") * ("vdn" not in script)
-    run = train(script, f"{BRIEFLY} --gamma 0.9 --gae-lambda 0.7", tmp_path, recording(returns, *losses))
+
+    def change(script):
+        def action_masks(view, function=script.action_masks):
+            mask = function(view)
+            mask[view.factories["slot"], 1:] &= bool(view.obs["real_env_steps"] % 2)  # else one legal action
+            return mask
+
+        script.action_masks = action_masks
+        recording(returns, *losses)(script)
+
+    run = train(script, "--gamma 0.9 --gae-lambda 0.7", tmp_path, change)
     assert [given[-2:] for given, _ in run.calls[returns]] == [(0.9, 0.7)]
     for name, parameter in run.agent.named_parameters():
         if not name.startswith(("predictor", "guide.")):  # TRAMA's: it learns apart, its first matrix is zero
             assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+    assert not losses or "sample" in script or run.batch["choice"].sum() != run.batch["active"].sum()
     for loss in losses:  # three epochs of two minibatches
         cells = run.batch["active" if loss == "value_loss" else "choice"].sum()
         masks = [
