@@ -230,6 +230,11 @@ def test_how_far_each_critic_sees():
         assert (change.min() > 1e-6) if sees else (change.max() == 0), script.__name__
         obs["planes"][:, :, 2, 5] += 1.0  # two tiles from the first entity: every critic sees that
         assert ((agent.get_value(obs) - before).abs()[:, 0] > 1e-6).all()
+        obs["pixel"][:, 0] = 20 * 24 + 2
+        before = agent.get_value(obs)
+        obs["planes"][:, :, 2, 20] += 1.0  # far, but x and y are those of the entity, swapped
+        change = (agent.get_value(obs) - before).abs()[:, 0]
+        assert (change.min() > 1e-6) if sees else (change.max() == 0), script.__name__
 
 
 def test_actors_are_the_same():
