@@ -463,6 +463,28 @@ def test_how_rewards_go_along_with_the_teams_is_logged(script, paid, tmp_path):
         assert run.entity_dones.any() and torch.equal(run.entity_difference[factory], run.entity_reward[factory])
 
 
+def test_when_norms_are_brought_up_to_date(tmp_path):
+    """Spectral norm's vectors in every step, batch norm's statistics at the start and after each update."""
+
+    def change(script):
+        class Agent(script.Agent):
+            def power_iteration(self):
+                script.calls["power_iteration"].append(len(script.calls["value_loss"]))
+                return super().power_iteration()
+
+            def refresh_batch_norm(self, batches):
+                batches = list(batches)
+                script.calls["refresh"].append((len(script.calls["value_loss"]), [len(x["kind"]) for x in batches]))
+                return super().refresh_batch_norm(batches)
+
+        script.Agent = Agent
+        recording("value_loss")(script)
+
+    run = train("ablations/trajsep_poster_norms_lux.py", "--total-timesteps 128", tmp_path, change)
+    assert run.calls["power_iteration"][-12:] == list(range(1, 13))  # two iterations, three epochs, two minibatches
+    assert run.calls["refresh"] == [(0, [2]), (6, [32, 32]), (12, [32, 32])]
+
+
 def seen(run, t):
     """What the network saw at step t, its policy and the actions taken."""
     obs = {key: buffer[t] for key, buffer in run.obs.items()}
