@@ -324,6 +324,16 @@ def test_normed_values_are_tenths_of_the_heads_output(script, value):
     torch.testing.assert_close(agent.get_value(some_obs()), torch.full((3, 7), value))
 
 
+def test_the_global_critic_is_linear_in_the_mean_of_the_features():
+    torch.manual_seed(0)
+    agent, obs = global_critic.Agent(NARROW), some_obs(batch=2)
+    with torch.no_grad():
+        features = nn.functional.leaky_relu(agent.critic_pixel(agent.critic.everywhere(obs["planes"].float())))
+        single = agent.critic_head(features)  # of each tile: the value is their mean
+        torch.testing.assert_close(agent.get_value(obs), single.mean(1))
+    assert single.std() > 1e-3
+
+
 # ---- all of them
 
 

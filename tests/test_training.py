@@ -368,6 +368,10 @@ def test_heavies_alone_are_built(tmp_path):
     assert not run.obs["action_mask"][:, :, run.args.max_units :, run.BUILD_LIGHT].any()
     parent = train(PARENT, "--seed 2", tmp_path / "runs")
     assert (parent.obs["kind"] == parent.LIGHT).any()
+    (tmp_path / "full").mkdir()
+    run = train("ablations/trajsep_heavies_lux.py", "--factories-per-team 2 --max-units 1", tmp_path / "full")
+    units, may_build = living(run)[..., :1].sum(-1), run.obs["action_mask"][:, :, 1:, run.BUILD_HEAVY].sum(-1)
+    assert (may_build == 1).any() and (may_build + units <= 1).all()  # one slot for two factories
 
 
 @pytest.mark.parametrize(
