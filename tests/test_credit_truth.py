@@ -401,7 +401,8 @@ FAST |= {"gap_events": 3, "seed": 0, "best": False, "script": None, "take_truth"
 
 
 def test_a_small_run(tmp_path, monkeypatch, capsys):
-    run = make_run(tmp_path / "run", num_envs=2, num_steps=12, num_minibatches=2, factories_per_team=2)
+    small = {"num_envs": 2, "num_steps": 12, "num_minibatches": 2, "factories_per_team": 2}
+    run = make_run(tmp_path / "run", **small)
     files = {"json": tmp_path / "truth.json", "picture": tmp_path / "truth.png"}
     monkeypatch.setattr(branches.Games, "scatter", lambda games, steps: None)  # all from a game's start
     credit_truth.credit_truth(Namespace(run=run, **FAST, **files))
@@ -432,6 +433,8 @@ def test_a_small_run(tmp_path, monkeypatch, capsys):
     credit_truth.credit_truth(Namespace(**changed, **again))
     second = json.loads(again["json"].read_text())
     assert second["truth"] == found["truth"]
+    renamed = make_run(tmp_path / "renamed", **small, seed=3, run_name="renamed", resume=True, cuda=False)
+    credit_truth.credit_truth(Namespace(**changed, **again | {"json": None, "run": renamed}))
     for name in ("own rewards, no critic", "separation"):
         raw = [one["estimates"][name][0]["raw"] for one in (second, found)]
         assert (raw[0] == raw[1]) == (name in estimates.NO_CRITIC)

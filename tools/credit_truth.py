@@ -32,6 +32,7 @@ TABLE = {
     **{"after_death": "paid after death", "before_birth": "paid by older ones"},
 }
 CELL = "rollout", "t", "b", "slot"
+SILENT = {"run_name", "resume", "seed", "cuda", "track"}  # settings of a run that change nothing that is measured
 COLOURS = {"light": "#6aaed6", "heavy": "#08306b", "factory": "#d95f02"}
 
 
@@ -332,9 +333,14 @@ def take_truth(flags, args, rollouts):
             raise load.Refusal(f"{flags.take_truth} has --{name.replace('_', '-')} {said}: give the same, or no truth.")
     truth = content["truth"]
     chosen = [rollouts[r]["seen"]["action"][t, b, k] for r, t, b, k in zip(*(truth[x] for x in CELL), strict=True)]
-    if plain(asdict(args)) != content["args"] or list(map(int, chosen)) != truth["action"].tolist():
+    if measured(plain(asdict(args))) != measured(content["args"]) or list(map(int, chosen)) != truth["action"].tolist():
         raise load.Refusal(f"{flags.take_truth} is of another policy, which did other things: give this one's.")
     return truth
+
+
+def measured(args):
+    """The settings of a run that what is measured depends on."""
+    return {name: value for name, value in args.items() if name not in SILENT}
 
 
 def plain(x):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import load
 import numpy as np
-from credit_truth import report, stored
+from credit_truth import measured, report, stored
 from estimates import ROOT
 
 APART = 10**6  # states and games of each measurement are numbered from a multiple of this
@@ -52,7 +52,7 @@ def pool_truth(flags):
     for file, one in zip(flags.files, contents, strict=True):
         if not all(type(fits) is list for fits in one.get("estimates", {"": None}).values()):
             raise load.Refusal(f"{file} is of an earlier version, without what pooling needs: measure again.")
-    if len({str(one["args"] | {"seed": None} | {"run_name": None}) for one in contents}) > 1:
+    if len({str(measured(one["args"])) for one in contents}) > 1:
         raise load.Refusal("These files are of runs with other settings: pool runs that differ by their seed only.")
     if len({(one["flags"]["steps"], one["flags"]["near_steps"], one["flags"]["long_steps"]) for one in contents}) > 1:
         raise load.Refusal("These files look ahead by other numbers of steps: pool those with the same --steps.")
