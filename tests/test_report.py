@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ sys.path.insert(0, str(ROOT / "ablations"))
 import curves  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
+
+import ppo_trajsep_lux  # noqa: E402
 
 HEAD = [*curves.NEEDED, "charts/seconds"]
 
@@ -297,6 +300,15 @@ def test_runs_of_different_settings_under_one_name_are_told(tmp_path, monkeypatc
     told = "**`trajsep` on 32x32 has runs of different settings**: learning_rate is 0.1 for 2 3, 0.2 for 4.\n"
     out = capsys.readouterr().out
     assert told in out and out.count("different settings") == 1
+
+
+def test_every_setting_but_a_runs_own_is_looked_at(tmp_path, monkeypatch, capsys):
+    names = [field.name for field in fields(ppo_trajsep_lux.Args)]
+    for seed in (1, 2):
+        write(tmp_path / f"cpu/trajsep/seed{seed}.csv", [9] * 13, settings=dict.fromkeys(names, seed))
+    call(monkeypatch, "epochs", "--results", tmp_path)
+    told = re.findall(r"runs of different settings\*\*: (\w+) is", capsys.readouterr().out)
+    assert told == sorted({*names} - {"seed", "run_name", "resume", "bf16"})
 
 
 def test_a_variant_of_ones_own_is_compared_by_its_folder(tmp_path, monkeypatch, capsys):

@@ -237,6 +237,14 @@ def test_how_far_each_critic_sees():
         assert (change.min() > 1e-6) if sees else (change.max() == 0), script.__name__
 
 
+def test_gradients_of_a_residual_block_are_those_of_its_numbers():
+    torch.manual_seed(0)
+    local, whole = ippo_lux.ResidualBlock(4, local=True), ippo_lux.ResidualBlock(4, local=False)
+    for block in (local, whole, ppo_trajsep_lux.ResidualBlock(4)):
+        planes = torch.randn(1, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(block.double(), planes)
+
+
 def test_actors_are_the_same():
     """Only critics and rewards differ: with the same weights, the same actions."""
     torch.manual_seed(0)
