@@ -247,9 +247,10 @@ class Run:
         ):  # a resumed run keeps what is not said
             return f"was begun by another command, {begun.read_text()}: {away}"
         self.collected = self.ended()
+        changed = output("git", "status", "--porcelain", "-uno", "--", ".", ":!ablations/results")
         self.version = {
             "commit": output("git", "rev-parse", "--short", "HEAD") or "unknown",
-            "clean": output("git", "status", "--porcelain", "--", ".", ":!ablations/results") == "",
+            "clean": changed == "" == output("git", "ls-files", "--others", "--exclude-standard", "*.py"),
             "script_sha256": self.script_hash(),
         }
         begun.parent.mkdir(exist_ok=True)

@@ -107,10 +107,16 @@ def test_the_commit_and_whether_the_tree_was_clean_are_recorded(project):
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], cwd=project, capture_output=True, text=True).stdout
     assert call(project, "--seeds", "1")[0] == 0
     assert call(project, "--seeds", "2")[0] == 0  # the first one's results do not make it unclean
-    (project / "other.py").write_text("")
+    (project / "notes.txt").write_text("")  # nor do notes
     assert call(project, "--seeds", "3")[0] == 0
-    made = [json.loads((project / f"ablations/results/tiny/mine/seed{i}.json").read_text()) for i in (1, 2, 3)]
-    assert [one["clean"] for one in made] == [True, True, False]
+    (project / "new").mkdir()
+    (project / "new/other.py").write_text("")
+    assert call(project, "--seeds", "4")[0] == 0
+    shutil.rmtree(project / "new")
+    (project / ".gitignore").write_text("runs/\n__pycache__/\nmore/\n")
+    assert call(project, "--seeds", "5")[0] == 0
+    made = [json.loads((project / f"ablations/results/tiny/mine/seed{i}.json").read_text()) for i in range(1, 6)]
+    assert [one["clean"] for one in made] == [True, True, True, False, False]
     assert {one["commit"] for one in made} == {commit.strip()}
 
 
