@@ -6,6 +6,7 @@ The environments step in this process, one after the other; all else is the scri
 import ast
 import contextlib
 import csv
+import itertools
 import signal
 import sys
 import types
@@ -651,6 +652,99 @@ def test_vdn_explores_less_and_less_and_learns_the_teams_return(tmp_path):
     assert column(tmp_path, "losses/value_loss")[-1] == pytest.approx(
         0.5 * torch.stack(errors).pow(2).mean().item(), rel=1e-3
     )
+
+
+def test_trama_learns_the_classes_of_the_trajectories_that_its_entities_are_in(tmp_path):
+    """Three iterations of games of eleven steps, of which the last is looked at."""
+    heard, gradients, hooks, numbers = defaultdict(list), [], [], itertools.count()
+
+    def change(script):
+        script.EPISODE_STEPS, script.HORIZON, script.STRIDE, script.NUM_POINTS = 11, 8, 2, 4
+        script.NUM_STORED, script.CLUSTER_EVERY = 40, 1
+
+        def noted(name, answer, *given):
+            heard[name].append((given, answer))
+            return answer
+
+        class Classes(script.Classes):
+            def add(self, *given):
+                return noted("add", super().add(*given), *given)
+
+            def fit(self, optimizer, steps, rng):
+                return noted("fit", super().fit(optimizer, steps, rng), steps, rng.initial_seed())
+
+            def cluster(self, *given):
+                super().cluster(*given)
+                return 0.25, 0.75
+
+        class Agent(script.Agent):
+            def predict(self, near, living, hidden):
+                answer = super().predict(near, living, hidden)
+                return noted("predict", answer, near, living, hidden) if len(near) > 1 else answer
+
+        def before_a_step(optimizer, *_):
+            weights = list(script.agent.predictor.parameters())
+            predicts = optimizer is script.class_optimizer and weights[0].grad is not None
+            if predicts and script.iteration == 3:
+                optimizer.param_groups[0]["lr"] = 0.1  # so that each epoch says something else
+                of, known = script.agent, script.target >= 0
+                logits = super(Agent, of).predict(script.obs["near"], living(script), script.obs["hidden"][0])[0]
+                loss = torch.nn.functional.cross_entropy(logits[known], script.target[known])
+                expected = torch.autograd.grad(loss, weights)
+                gradients.append([(weight.grad.clone(), x) for weight, x in zip(weights, expected, strict=True)])
+
+        class LuxEnv(script.LuxEnv):
+            def step(self, action):
+                *answer, info = super().step(action)
+                if "episode" in info:  # so that no two games have the same return
+                    info["episode"]["episodic_return"] = float(next(numbers))
+                return *answer, info
+
+        script.Classes, script.Agent, script.make_worker_env = Classes, Agent, LuxEnv
+        hooks.append(register_optimizer_step_pre_hook(before_a_step))
+
+    flags = "--num-steps 64 --total-timesteps 384 --num-classes 2 --tasks cave mountain-lean"
+    try:
+        run = train("ablations/trama_lux.py", flags, tmp_path, change)
+    finally:
+        hooks[0].remove()
+    assert run.iteration == 3
+    (states, age), place = heard["add"][-1]
+    assert torch.equal(states, run.obs["planes"][:, :, :16].float().mean((-2, -1)))
+    assert torch.equal(age, ((128 + torch.arange(64)) % 11)[:, None].expand(64, 2))
+    # what the predictor is to say: of the living the class of their trajectory, where it has one
+    _, valid, _, code, label = run.classes.look()
+    expected = torch.where(living(run), label[place][..., None], -1)
+    assert torch.equal(run.target, expected) and {*expected.unique().tolist()} == {-1, 0, 1}
+    assert (run.classes.label[place[-1]] == -1).any()  # of those that are not whole the nearest
+    # what it says that by: three epochs, each from the memory that the rollout began with
+    predictions = heard["predict"]
+    assert len(predictions) == 9 and len(gradients) == 3
+    for (near, alive, hidden), _ in predictions[-3:]:
+        assert near is run.obs["near"] and torch.equal(alive, living(run))
+        assert torch.equal(hidden, run.obs["hidden"][0]) and hidden.any()
+    assert not torch.equal(run.obs["hidden"][0], run.obs["hidden"][-1])
+    for gradient, right in (pair for epoch in gradients for pair in epoch):
+        torch.testing.assert_close(gradient, right, rtol=1e-3, atol=1e-6)
+    # what is logged
+    last = rows(tmp_path)[-1]
+    logged = [float(last[f"classes/{name}"]) for name in ("kept", "kept_random", "accuracy", "codes_used")]
+    right = predictions[-3][1][0].argmax(-1) == expected
+    share, used = right[expected >= 0].float().mean(), len({*code[valid].tolist()})
+    assert logged == pytest.approx([0.25, 0.75, share.item(), used])
+    assert [given[0] for given, _ in heard["fit"]] == [32] * 3
+    assert len({given[1] for given, _ in heard["fit"]}) == 3  # what is drawn is another in each iteration
+    task = run.obs["task"].long()
+    assert torch.equal(run.classes.task[place], task) and len(task.unique()) == 2
+    for name in run.args.tasks:
+        of = run.classes.task == list(run.TASKS).index(name)
+        assert [float(last[f"classes/{name}_{k}"]) for k in (0, 1)] == [(of & (label == k)).sum() for k in (0, 1)]
+    ended, names = task[age == 10], list(run.TASKS)
+    returns = defaultdict(list)
+    for number, value in zip(ended.tolist(), run.episodes["episodic_return"], strict=True):
+        returns[names[number]].append(value)
+    assert len(ended) == len({*run.episodes["episodic_return"]})
+    assert {name: run.episodes[f"return_{name}"] for name in run.args.tasks} == returns
 
 
 @pytest.mark.parametrize("script", [PARENT, "ablations/gpae_lux.py"])

@@ -235,6 +235,35 @@ def test_clustering_finds_the_groups_and_says_how_many_labels_it_kept():
     assert np.isnan(classes.cluster(0, 32)).all()  # too few
 
 
+def test_the_vq_vae_is_trained_on_trajectories_that_there_are_each_with_the_codes_of_its_class(monkeypatch):
+    classes, group = filled(2)
+    classes.count[40:60] = 2  # too short for a class
+    states, valid, *_ = classes.look()
+    label = torch.full((len(states),), -1)
+    label[:40] = group[:40]
+    monkeypatch.setattr(classes, "look", lambda: (states, valid, None, None, label))
+    calls, real = [], trama.vq_losses
+    monkeypatch.setattr(trama, "vq_losses", lambda *given: calls.append(given) or real(*given))
+    classes.fit(torch.optim.Adam(classes.parameters()), 30, torch.Generator().manual_seed(0))
+    trained, free = set(), []
+    for _, _, _, seen, there, cover in calls:
+        for one, known, codes in zip(seen, there, cover, strict=True):
+            (row,) = (states == one).all((1, 2)).nonzero()[:, 0].tolist()
+            trained.add(row)
+            assert torch.equal(known, valid[row])
+            of = torch.stack([(codes == classes.cover[:, k]).all(-1) for k in (0, 1)])  # of which class, by point
+            assert of[label[row]].all() if label[row] >= 0 else of.any(0).all()
+            free += of[0].tolist() if label[row] < 0 else []
+    assert trained == {*range(60)} and 0.4 < np.mean(free) < 0.6  # of those without a class chance chooses
+
+
+def test_what_each_coverage_loss_draws_to_a_state():
+    made = {way: trama.Classes(trama.Args(coverage=way, num_classes=2)).cover for way in ("tk", "t", "none")}
+    assert torch.equal(made["tk"], trama.coverage_sets(256, 2, 20)) and not made["none"].any()
+    assert torch.equal(made["t"], trama.coverage_sets(256, 1, 20).expand(20, 2, 256))
+    assert {cover.shape for cover in made.values()} == {(20, 2, 256)}
+
+
 # ---- the predictor (test 6)
 
 
