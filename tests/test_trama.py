@@ -197,6 +197,16 @@ def test_the_last_centroids_keep_the_labels():
     assert np.mean(kept) >= 0.8 and np.mean(kept_random) <= 0.5, (np.mean(kept), np.mean(kept_random))
 
 
+def test_of_ten_starts_the_best_is_taken():
+    rng = np.random.default_rng(0)
+    points = blobs(rng, 6 * rng.standard_normal((6, 2)), 20)
+    chance = np.random.default_rng(5)
+    starts = [trama.kmeans2(points, 6, 50, minit="++", seed=chance) for _ in range(10)]
+    distances = [((points - centroids[label]) ** 2).sum() for centroids, label in starts]
+    centroids, label = trama.k_means(points, None, 6, np.random.default_rng(5))
+    assert ((points - centroids[label]) ** 2).sum() == min(distances) < distances[0]
+
+
 def test_an_empty_class_keeps_its_number_and_its_centroid():
     centres, rng = np.array([[0.0, 0], [10, 0], [100, 100]]), np.random.default_rng(0)
     with pytest.warns(UserWarning, match="empty"):
@@ -226,6 +236,9 @@ def test_clustering_finds_the_groups_and_says_how_many_labels_it_kept():
     label = classes.look()[4][:60]
     assert len({(int(a), int(b)) for a, b in zip(label, group, strict=True)}) == len(label.unique()) == 3
     assert torch.equal(classes.label[:60], label) and (classes.label[60:] == -1).all()
+    classes.count[:2] = torch.tensor([2, 3])
+    assert (classes.look()[4][:2] >= 0).tolist() == [False, True]  # of two states nobody tells the class
+    classes.count[:2] = 20
     kept, _ = classes.cluster(0, 16)
     assert kept == 1
     classes.label[:60] = (classes.label[:60] + 1) % 3
