@@ -37,7 +37,8 @@ mean over runs with its 95% interval by Student's t ([a bootstrap of so few is t
 five runs on with the interquartile mean (IQM) beside it. A **ratio** is the second's mean over the \
 first's. Its interval holds the ratios r around it for which Welch's test does not tell the second from r times the \
 first: that is sound for three runs, spans 1 exactly where Welch's p is above 0.05, and has no end where the first may \
-be 0. p has Holm's correction for all tests of the table; d is Cohen's. In pictures a band is the interval; below five \
+be 0. p has Holm's correction for all tests of the table that it stands in; d is Cohen's. In pictures a band is \
+the interval; below five \
 runs thin lines show each run instead.
 """
 VERDICTS = """The verdicts rest on each claim's own interval, without correction. A claim `first > second` **agrees** \
